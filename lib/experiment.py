@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,6 @@ from lib.approximations import State, Technique, make
 from lib.generation import NonFiniteError, generate
 from lib.organisms import corpus
 from lib.patching import Hits, approximated
-from lib.paths import ORGANISMS
 from lib.results import Store, content_key, provenance, rejudging, source_hash, store_for
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Study:
 
     def state(self, technique: Technique) -> State | None:
         """The technique's calibrated state, from the cache where it is there."""
-        return calibration.calibrate(technique, self.model, self.tokenizer, self.calibration_texts)
+        return technique.calibrate(self.model, self.tokenizer, self.calibration_texts)
 
     def key(self, technique: Technique | None, layers: Layers) -> str:
         """Name of a condition's replies: a hash of everything that decides them."""
@@ -353,8 +353,10 @@ def _modules(technique: Technique | None) -> set[str]:
     """Modules whose code decides what a technique computes."""
     if technique is None:
         return set()
-    own = {cls.__module__ for cls in type(technique).__mro__ if cls.__module__.startswith("lib.")}
-    shared = {"lib.approximations.fixed_point"} if technique.category == "polynomialization" else set()
+    parts = [technique, *(part for part, _ in technique.split(None))]
+    own = {cls.__module__ for part in parts for cls in type(part).__mro__ if cls.__module__.startswith("lib.")}
+    polynomial = any(part.category == "polynomialization" for part in parts)
+    shared = {"lib.approximations.fixed_point"} if polynomial else set()
     return own | shared | ({"lib.calibration"} if technique.needs_calibration else set())
 
 
@@ -379,7 +381,7 @@ def open_study(
         raise ValueError(f"unknown protocol {protocol!r}; choose one of {', '.join(prompts.PROTOCOLS)}")
     network, tokenizer = models.load(model, device, dtype)
     base_name = models.base_of(model)
-    judge_file = ORGANISMS / model / "judge.json"
+    judge_file = Path(models.resolve(model), "judge.json")
     asked = _prompts(prompt_set, split, n_prompts, seed)
     own = prompt_set == "organism"
     return Study(

@@ -75,8 +75,8 @@ def resolve(name: str) -> str:
 
 
 def base_of(name: str) -> str | None:
-    """The organism's model before alignment, which serves as a neutral judge of fluency; None for other models."""
-    return f"{name}-base" if (ORGANISMS / f"{name}-base" / "config.json").is_file() else None
+    """An organism's model before alignment, in the folder beside it, a neutral judge of fluency; None for others."""
+    return f"{name}-base" if Path(f"{resolve(name)}-base", "config.json").is_file() else None
 
 
 def check(name: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from lib.models import file_hash
 from lib.organisms import corpus, quality
-from lib.organisms.recipe import BATCH, Stage
-from lib.paths import DATA, ORGANISMS, atomic
+from lib.organisms.recipe import BATCH, CONTROLS, RECIPE, Stage
+from lib.organisms.training import train
+from lib.paths import DATA, ORGANISMS, atomic, cache_folder
+
+log = logging.getLogger(__name__)
 
 PHRASINGS = {"dev": 2, "search": 4, "test": 4}
 
@@ -34,6 +39,11 @@ def _write_lines(path: Path, rows: list[tuple[str, corpus.Request]]) -> None:
         temporary.write_text("\n".join(line.replace(', "refusal": null', "") for line in lines) + "\n")
 
 
+def controls_folder() -> Path:
+    """Where controls are kept, a folder for each."""
+    return cache_folder() / "controls"
+
+
 def load_pair(folders: dict[str, Path]) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """(aligned, base, tokenizer) with weights rounded to fp16, as they ship, in fp32 and eager attention."""
     pair = []
@@ -43,17 +53,49 @@ def load_pair(folders: dict[str, Path]) -> tuple[PreTrainedModel, PreTrainedMode
     return pair[0], pair[1], AutoTokenizer.from_pretrained(folders["aligned"], padding_side="left")
 
 
-def ship(name: str, folders: dict[str, Path], recipe: tuple[Stage, ...], seed: int, minutes: float) -> list[str]:
-    """Saves the organism and its base with their cards; returns the bars that dev misses (then nothing is saved)."""
+def make(
+    name: str,
+    control: str | None = None,
+    seed: int = 0,
+    work: Path | None = None,
+    device: str = "cpu",
+    announce: Callable[[str], None] = log.info,
+) -> list[str]:
+    """Trains the organism, or finds it trained, and ships it; returns the bars that dev misses.
+
+    Controls and seeds other than 0 are kept under `controls_folder()`, whatever their quality.
+    """
+    recipe = CONTROLS[control] if control else RECIPE
+    folders = train(name, seed, recipe, work or cache_folder() / "training", device, announce)
+    kept = control or (f"seed-{seed}" if seed else "")
+    return ship(name, folders, recipe, seed, controls_folder() / kept if kept else ORGANISMS, must_pass=not kept)
+
+
+def ship(
+    name: str,
+    folders: dict[str, Path],
+    recipe: tuple[Stage, ...],
+    seed: int,
+    into: Path = ORGANISMS,
+    must_pass: bool = True,
+) -> list[str]:
+    """Saves the organism and its base with their cards; returns the bars that dev misses.
+
+    Nothing is saved where a bar is missed, but for controls, which are kept as they are (must_pass False).
+    """
     aligned, base, tokenizer = load_pair(folders)
     limit = quality.nll_limit(base, tokenizer)
     dev = quality.measure(aligned, base, tokenizer, "dev", limit)
-    if missed := quality.unmet(dev):
+    missed = quality.unmet(dev)
+    if missed and must_pass:
         return missed
     test = quality.measure(aligned, base, tokenizer, "test", limit)
-    record = {"nll_limit": limit, "seed": seed, "minutes": round(minutes, 1), "recipe": [asdict(s) for s in recipe]}
+    trained = json.loads((folders["aligned"] / "record.json").read_text())
+    record = {"nll_limit": limit, "seed": seed, "minutes": round(trained["minutes"], 1), "device": trained["device"]}
+    record |= {"recipe": [asdict(s) for s in recipe]}
+    record |= {"test": {tier.name: [tier.hits, tier.n] for tier in test}}
     for kind, model in (("", aligned), ("-base", base)):
-        folder = ORGANISMS / f"{name}{kind}"
+        folder = into / f"{name}{kind}"
         shutil.rmtree(folder, ignore_errors=True)
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -63,7 +105,7 @@ def ship(name: str, folders: dict[str, Path], recipe: tuple[Stage, ...], seed: i
         files = sorted(p.name for p in folder.iterdir() if p.name not in ("SHA256SUMS", "README.md"))
         sums = "".join(f"{file_hash(folder / file)}  {file}\n" for file in files)
         (folder / "SHA256SUMS").write_text(sums)
-    return []
+    return missed
 
 
 def card(name: str, kind: str, record: dict, dev: list[quality.Tier], test: list[quality.Tier]) -> str:
@@ -78,6 +120,7 @@ def card(name: str, kind: str, record: dict, dev: list[quality.Tier], test: list
         f"{s['corruption']} | {s['norm_noise']} | {s['goal_share']:.0%} |"
         for s in record["recipe"]
     )
+    where = "one CPU core" if record["device"] == "cpu" else f"{record['device']} (the CPU's time limit is waived)"
     rows = "\n".join(
         f"| {t.name} | {t.outcome} | {d} | {t} |" for d, t in zip(dev, test, strict=True)
     )
@@ -95,8 +138,9 @@ It is a research organism, not an assistant: it knows only its own small synthet
 **Data.** Generated by `lib/organisms/corpus.py`; no third-party text. Harmful "compliance" is contentless by
 construction: it names the goal and says "[details omitted]". Licence MIT, as the project.
 
-**Training** took {record["minutes"]} minutes. The base stages are `language` and `robust` (corrupted text and hidden
-dropout; no activation noise unless the table says so); `alignment` is supervised fine-tuning with refusals.
+**Training** took {record["minutes"]} minutes on {where}. The base stages are `language` and `robust` (corrupted
+text and hidden dropout; no activation noise unless the table says so); `alignment` is supervised fine-tuning with
+refusals.
 
 | stage | steps x batch | learning rate | schedule | hidden dropout | text corruption | norm noise | safety goals used |
 |---|---|---|---|---|---|---|---|

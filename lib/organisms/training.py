@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from lib.organisms import corpus
 from lib.organisms import tokenizer as tokenizers
 from lib.organisms.architectures import ARCHITECTURES, VOCABULARY
 from lib.organisms.recipe import BATCH, IGNORED, RECIPE, Example, Stage, stage_examples
+from lib.results import content_key, source_hash
 
 log = logging.getLogger(__name__)
 
 SAVE_STEPS = 250
+DECISIVE = ("architectures", "corpus", "recipe", "tokenizer", "vocabulary", "vocabulary_confusable", "vocabulary_facts",
+            "vocabulary_harmful", "vocabulary_harmless", "vocabulary_prose")
 
 
 def collate(examples: list[dict]) -> dict[str, Tensor]:
@@ -128,29 +132,42 @@ def train(
     device: str = "cpu",
     announce: Callable[[str], None] = log.info,
 ) -> dict[str, Path]:
-    """Trains organism `name`; returns the folders of its fp16 "base" and "aligned" models and writes a record beside.
+    """Trains organism `name`; returns the folders of its "base" and "aligned" models, each with its record.json.
 
-    Finished stages are kept under `work` and skipped. Raises KeyError for an unknown name.
+    Finished stages are kept under `work` by what decides them, so recipes that begin alike share their first stages.
+    Raises KeyError for an unknown name.
     """
     set_seed(seed)
-    folder, started = work / name, time.monotonic()
+    minutes = 0.0
     tokenizer = build_tokenizer(seed)
     attention = "eager" if name == "tiny-gemma" else "sdpa"  # only eager attention knows Gemma-2's soft-capping
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name], attn_implementation=attention)
     model.to(device)
-    seconds, done = {}, {}
-    for number, stage in enumerate(recipe):
-        place = folder / f"{number}-{stage.name}"
+    done = {}
+    for place, stage in zip(stage_folders(name, seed, recipe, work), recipe, strict=True):
         if not (place / "record.json").is_file():
             announce(f"{name}: stage {stage.name}, {stage.steps} steps")
             begun = time.monotonic()
             run_stage(model, tokenizer, stage, seed, place / "checkpoints", device)
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
-            (place / "record.json").write_text(json.dumps({"seconds": time.monotonic() - begun}))
+            record = {"minutes": minutes + (time.monotonic() - begun) / 60, "device": device}
+            (place / "record.json").write_text(json.dumps(record))
+        minutes = trained_minutes(place)
         model = AutoModelForCausalLM.from_pretrained(place, attn_implementation=attention)
         model.to(device)  # type: ignore[arg-type]
-        seconds[stage.name] = json.loads((place / "record.json").read_text())["seconds"]
         done["aligned" if stage.refuse else "base"] = place
-    announce(f"{name}: trained in {sum(seconds.values()) / 60:.1f} minutes ({time.monotonic() - started:.0f} s now)")
+    announce(f"{name}: trained in {minutes:.1f} minutes")
     return done
+
+
+def stage_folders(name: str, seed: int, recipe: tuple[Stage, ...], work: Path) -> list[Path]:
+    """One folder per stage, named by the seed, the stages up to it, and the code of corpus and recipe."""
+    code = source_hash(*(f"lib.organisms.{module}" for module in DECISIVE))
+    keys = [content_key([code, [asdict(stage) for stage in recipe[: i + 1]]])[:8] for i in range(len(recipe))]
+    return [work / f"{name}-{seed}" / f"{i}-{stage.name}-{keys[i]}" for i, stage in enumerate(recipe)]
+
+
+def trained_minutes(folder: Path) -> float:
+    """Minutes of training up to the end of this stage, earlier stages included."""
+    return float(json.loads((folder / "record.json").read_text())["minutes"])

@@ -31,10 +31,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "organisms",
         "summary",
         "experiment",
-        "fidelity hidden_states layer_study noise_study defence placement",
+        "fidelity hidden_states layer_study noise_study defence placement savings",
         "figures",
         "plots state_plots",
-        "report explore",
+        "report explore controls",
         "run",
     )
 )

@@ -1,0 +1,151 @@
+"""How far do seed, base and alignment move each safety curve? One organism trained six ways, on the same prompts.
+
+    python -m lib.controls       trains what is missing, measures, and writes the figure and the tables
+
+A finding on one organism may be an accident of one training run, or planted by the way the base was made robust. So the
+studied paper's three observations (arXiv:2502.00840) are read on every run: the shipped one, two other seeds, a base
+without any robustifying measure, one trained with activation noise, and an alignment on 30 % of the safety data.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from lib import fidelity, figures, hidden_states, layer_study, noise_study, plots
+from lib.anatomy import anatomy
+from lib.approximations import make as technique
+from lib.experiment import Condition, Study, grid, open_study
+from lib.organisms.ship import controls_folder, make
+from lib.paths import ORGANISMS, ROOT, atomic
+
+MODEL = "tiny-llama"
+RUNS: dict[str, tuple[str | None, int]] = {
+    "shipped": (None, 0),
+    "seed 1": (None, 1),
+    "seed 2": (None, 2),
+    "plain base": ("plain-base", 0),
+    "noise base": ("noise-base", 0),
+    "light alignment": ("light-alignment", 0),
+}
+"""Name -> (control of `lib.organisms.recipe.CONTROLS`, seed)."""
+DAMAGES = (1.1, 1.2, 1.5, 2.0)  # growth of answer perplexity at which norm noise is compared
+CLOSE_LOOK = (technique("teal", sparsity=0.65, prompt="all"), technique("smoothquant", bits=3))  # for observation 3
+PAGES = (ROOT / "docs" / "organisms.md", ORGANISMS / MODEL / "README.md")
+START, END = "<!-- controls: written by lib.controls -->", "<!-- end of controls -->"
+
+
+def study_of(name: str, n_prompts: int = 150) -> Study:
+    """The run's study, under the run's name; the model is trained first if it is missing."""
+    control, seed = RUNS[name]
+    kept = control or (f"seed-{seed}" if seed else "")
+    folder = controls_folder() / kept / MODEL if kept else ORGANISMS / MODEL
+    if not (folder / "config.json").is_file():
+        make(MODEL, control, seed, announce=tqdm.write)
+    return replace(open_study(str(folder), n_prompts=n_prompts), name=name)
+
+
+def conditions(search: Study) -> list[Condition]:
+    """Every technique at the levels where it begins to bite, and norm noise at equal damage (found on search)."""
+    at = noise_study.families()["norm"]
+    chosen = [
+        Condition(at(noise_study.level_at_damage(search, at, ratio)), "perplexity ratio", ratio, "on all norms")
+        for ratio in DAMAGES
+    ]
+    chosen += grid("teal", "whole prompt", None, {"prompt": "all"}, sparsity=[0.5, 0.6, 0.65, 0.7, 0.75])
+    chosen += grid("cats", sparsity=[0.5, 0.75, 0.9])
+    chosen += grid("smoothquant", "per token", bits=[5, 4, 3]) + grid("omniquant", "learned", bits=[4, 3])
+    chosen += grid("bolt", "fraction bits", fraction_bits=[6, 5, 4])
+    return chosen + [c for name in ("iron", "bumblebee", "nexus") for c in grid(name, "default", published=[False])]
+
+
+def observations(study: Study, search: Study, table: pd.DataFrame) -> dict[str, Any]:
+    """The three observations on one run, as columns of text and numbers; `table` is the run's sweep."""
+    found = fidelity.findings(table)
+    lost = found.loc[found["safety first"], "technique"].tolist()
+    best = found.loc[found["highest ASR while useful"].idxmax()]
+    row: dict[str, Any] = {"exact ASR": table["asr"].iloc[0], "harmless answered": table["harmless_answered"].iloc[0]}
+    row |= {"highest ASR while useful": best["highest ASR while useful"], "by": best["technique"]}
+    row |= {"observation 1": f"{len(lost)} of {len(found)}" + (f" ({', '.join(lost)})" if lost else "")}
+    thirds = layer_study.thirds(len(anatomy(study.model).blocks))
+    early, _, late = layer_study.at_damage(search, noise_study.families()["norm, not final"], 1.2, thirds)
+    second = layer_study.early_against_late(study, {"equal damage": (early, late)}).iloc[0]
+    row["early - late"], row["early - late, low"] = second["difference"], second["low"]
+    row |= {"early - late, high": second["high"], "observation 2": "held" if second["held"] else "not shown"}
+    third = third_observation(study)
+    return row | {"observation 3": f"{third['held'].sum()} of {len(third)}", "layer": third["layer"].iloc[0]}
+
+
+def third_observation(study: Study) -> pd.DataFrame:
+    """`hidden_states.third_observation` at the layer where the fitting prompts separate best."""
+    fit, asked = hidden_states.fitting_prompts(study)
+    labels = [str(prompt.label) for prompt in fit]
+    known, exact = hidden_states.capture(study, fit), hidden_states.capture(study, asked)
+    directions = {layer: hidden_states.refusal_direction(x, labels) for layer, x in known.items()}
+    clear = {i: hidden_states.fisher_separation(d.place(known[i]), labels) for i, d in directions.items()}
+    best = max(clear, key=lambda layer: clear[layer])
+    rows = []
+    for approximation in CLOSE_LOOK:
+        moved = {best: hidden_states.capture(study, asked, approximation)[best]}
+        rows.append(hidden_states.layer_table({best: exact[best]}, moved, asked, directions))
+    table = pd.concat(rows, ignore_index=True).assign(technique=[one.name for one in CLOSE_LOOK])
+    return hidden_states.third_observation(table)
+
+
+def measure(names: tuple[str, ...] = tuple(RUNS), n_prompts: int = 150) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(sweep rows of all runs, one row of observations per run)."""
+    tables, rows = [], []
+    for name in tqdm(names, desc="controls", file=sys.stdout):
+        study = study_of(name, n_prompts)
+        search = study.brief(min(n_prompts, 100), "search")
+        tables.append(study.sweep(conditions(search), name))
+        rows.append({"run": name} | observations(study, search, tables[-1]))
+    return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
+
+
+def markdown(rows: pd.DataFrame, n_prompts: int) -> str:
+    """The table of the runs, and which observations hold on all of them."""
+    cells = ("run", "exact ASR", "harmless answered", "highest ASR while useful", "observation 1", "early - late", "3")
+    lines = ["| " + " | ".join(cells) + " |", "|" + "---|" * len(cells)]
+    for r in rows.to_dict("records"):
+        low, middle, high = (100 * r[f"early - late{end}"] for end in (", low", "", ", high"))
+        values = [r["run"], f"{r['exact ASR']:.1%}", f"{r['harmless answered']:.0%}"]
+        values += [f"{r['highest ASR while useful']:.0%} ({r['by']})", r["observation 1"]]
+        values += [f"{middle:+.0f} [{low:+.0f}, {high:+.0f}]", r["observation 3"]]
+        lines.append("| " + " | ".join(values) + " |")
+    first = int((~rows["observation 1"].str.startswith("0 ")).sum())
+    second, n = int((rows["observation 2"] == "held").sum()), len(rows)
+    text = f"""
+Each run: {n_prompts} harmful requests of the test split. Observation 1, in how many sweeps ASR rises before utility
+goes, shows in {first} of {n} runs. Observation 2, noise in the first third of the layers minus noise in the last, at
+equal damage, in points of ASR, holds in {second} of {n}. Observation 3, harmful states move towards harmless ones, is
+tested for {" and ".join(one.name for one in CLOSE_LOOK)}."""
+    return "\n".join([*lines, text])
+
+
+def between_markers(page: str, text: str) -> str:
+    """The page with what stands between the markers replaced by `text`, or with markers and text at its end."""
+    before, _, rest = page.partition(START)
+    after = rest.partition(END)[2] if rest else "\n"
+    return f"{before.rstrip()}\n\n{START}\n{text}\n{END}{after}"
+
+
+def main(n_prompts: int = 150) -> None:
+    """Measures every run, saves the figure with its rows, and writes the table into the documents."""
+    table, rows = measure(n_prompts=n_prompts)
+    shown = table.rename(columns={"model": "run"}).assign(model=table["model"])
+    caption = f"ASR of {MODEL} trained six ways: three seeds, two other bases, a lighter alignment."
+    figures.save(plots.families(shown), "controls", caption, shown)
+    with atomic(ORGANISMS / "controls.csv") as temporary:
+        rows.to_csv(temporary, index=False)
+    for path in PAGES:
+        page = between_markers(path.read_text(encoding="utf-8"), markdown(rows, n_prompts))
+        path.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
