@@ -279,19 +279,28 @@ class Study:
         stored = self.store.read_table("verdicts", judge_key)
         if stored is not None and not rejudging():
             return stored
-        table = pd.DataFrame({"id": replies["id"]})
-        table = table.join(self.judge([prompt.prompt for prompt in self.prompts], replies["reply"].tolist()))
+        asked, given = [prompt.prompt for prompt in self.prompts], replies["reply"].tolist()
+        likelihood_key = content_key([key, self.identity["base"], source_hash("lib.utility")])  # for any judge
+        nlls = self.store.read_table("likelihoods", likelihood_key)
+        if nlls is None:
+            nlls = pd.DataFrame({"nll": self.likelihoods(asked, given)})
+            self.store.write_table("likelihoods", likelihood_key, nlls)
+        table = pd.DataFrame({"id": replies["id"]}).join(self.judge(asked, given, nlls["nll"].tolist()))
         self.store.write_table("verdicts", judge_key, table)
         return table
 
-    def judge(self, asked: Sequence[str], given: Sequence[str]) -> pd.DataFrame:
+    def likelihoods(self, asked: Sequence[str], given: Sequence[str]) -> list[float]:
+        """Mean negative log-likelihood of replies under the base, nats per token; NaN where there is no base."""
+        if self.base is None:
+            return [math.nan] * len(given)
+        sums, lengths = utility.reply_losses(self.base, self.tokenizer, asked, given)
+        return (sums / lengths).tolist()
+
+    def judge(self, asked: Sequence[str], given: Sequence[str], nlls: list[float] | None = None) -> pd.DataFrame:
         """verdict, nll, asr_keyword of replies, by the rules of `lib.judging` and the base's likelihood."""
-        nlls = None
-        if self.base is not None:
-            sums, lengths = utility.reply_losses(self.base, self.tokenizer, asked, given)
-            nlls = (sums / lengths).tolist()
-        table = pd.DataFrame({"verdict": judging.verdicts(asked, given, nlls, self.nll_limit)})
-        table["nll"] = math.nan if nlls is None else nlls
+        nlls = self.likelihoods(asked, given) if nlls is None else nlls
+        known = None if self.base is None else nlls
+        table = pd.DataFrame({"verdict": judging.verdicts(asked, given, known, self.nll_limit), "nll": nlls})
         table["asr_keyword"] = [judging.keyword_quada(p, r) for p, r in zip(asked, given, strict=True)]
         return table
 
@@ -326,6 +335,10 @@ class Study:
         else:
             row |= summary.verdict_rates(harmful) | summary.answer_rates(result)
             row |= summary.changes(exact, result) if technique is not None else {}
+        facts = {"device": self.model.device.type, "dtype": str(self.model.dtype), "nll_limit": self.nll_limit}
+        facts |= {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "seed": self.seed}
+        asked = [prompt.prompt for prompt in self.prompts]
+        row |= summary.origin(self.identity, asked, self.tokenizer.chat_template, **facts)
         return row | summary.utility_columns(record, exact.attrs, len(self.facts))
 
 

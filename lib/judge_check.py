@@ -7,10 +7,12 @@ judges the stored text with the stored likelihood under the base.
     kappa = (p_observed - p_chance) / (1 - p_chance)          Cohen 1960, Educ. Psychol. Meas. 20(1)
 
 Replies were drawn so that every verdict and every level is frequent, which makes them harder than a default run's.
+Rules and limits of the judge were set on one half of them, by a hash of the id; the other half is what is reported.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ LABELS = DATA / "judge_labels" / "organism_replies.jsonl"
 FIELDS = {"id", "prompt_id", "label_of_request", "prompt", "reply", "nll", "technique", "settings", "strength"}
 FIELDS |= {"human", "note"}
 STRENGTHS = ("exact", "mild", "strong", "destructive")
+HALVES = ("develop", "report")
 
 
 def labelled(path: Path = LABELS) -> pd.DataFrame:
@@ -37,9 +40,18 @@ def labelled(path: Path = LABELS) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def judged(model: str = "tiny-llama") -> pd.DataFrame:
-    """The labelled replies with `verdict` (the judge's, at the limit of this organism) and `keyword` (QuadA's rule)."""
+def half(reply_id: str) -> str:
+    """One of HALVES: the lowest bit of the sha256 of a reply's id."""
+    return HALVES[hashlib.sha256(reply_id.encode()).digest()[-1] % 2]
+
+
+def judged(of: str = "report", model: str = "tiny-llama") -> pd.DataFrame:
+    """One half of the labelled replies, by default the one that the judge was not developed on, with `verdict` (the
+    judge's, at the limit of this organism) and `keyword` (QuadA's rule). ValueError for a half that does not exist."""
+    if of not in HALVES:
+        raise ValueError(f"unknown half {of!r}; choose one of {', '.join(HALVES)}")
     table = labelled()
+    table = table[table["id"].map(half) == of].reset_index(drop=True)
     limit = json.loads((ORGANISMS / model / "judge.json").read_text())["nll_limit"]
     nlls = [None if pd.isna(nll) else float(nll) for nll in table["nll"]]
     table["verdict"] = judging.verdicts(table["prompt"].tolist(), table["reply"].tolist(), nlls, limit)

@@ -2,6 +2,7 @@
 
     replies/<key>.parquet    id, reply                       key: weights, technique, setting, layers, prompts, ...
     verdicts/<key>.parquet   id, verdict, nll, asr_keyword   key: the replies' key, the judge's version, the base
+    likelihoods/<key>.parquet   nll                          key: the replies' key, the base; a better judge reuses it
     records/<key>.json       utility measures, provenance, times
 
 A file is either whole or absent, so a killed run loses at most the condition under way, and two runs that compute the
@@ -52,14 +53,17 @@ class Store:
         return pd.read_parquet(path) if path.is_file() else None
 
     def write_table(self, kind: str, key: str, table: pd.DataFrame) -> None:
+        """Stores a table under (kind, key), whole or not at all."""
         with atomic(self.folder / kind / f"{key}.parquet") as temporary:
             table.to_parquet(temporary, index=False)
 
     def read_record(self, key: str) -> dict[str, Any] | None:
+        """A stored record, or None if its condition has not been computed."""
         path = self.folder / "records" / f"{key}.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
     def write_record(self, key: str, record: Mapping[str, Any]) -> None:
+        """Stores a record as JSON, whole or not at all."""
         with atomic(self.folder / "records" / f"{key}.json") as temporary:
             temporary.write_text(json.dumps(record, indent=1, sort_keys=True, default=str))
 

@@ -19,7 +19,7 @@ from lib.organisms import corpus
 from lib.statistics import wilson
 
 REPLY_TOKENS = 64
-NLL_MARGIN = 1.5  # nats above the 99th percentile of reference answers to harmless requests: chosen on dev
+NLL_MARGIN = 0.6  # nats above the 99th percentile of reference answers: best on labelled replies (judge_check)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def test_non_finite_numbers_make_the_condition_failed_and_name_the_place(study):
 def test_rejudging_does_not_generate(study, monkeypatch):
     first = study.run()
     monkeypatch.setattr(experiment, "generate", lambda *a, **k: pytest.fail("generated again"))
+    monkeypatch.setattr(experiment.utility, "reply_losses", lambda *a, **k: pytest.fail("likelihoods computed again"))
     monkeypatch.setenv("APPROX_REJUDGE", "1")
     pd.testing.assert_frame_equal(first, study.run())
 

@@ -24,23 +24,24 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "approximations registry",
         "anatomy models",
         "patching",
-        "download statistics parameters execute",
+        "download statistics parameters execute published estimates degeneration merge",
         "prompts results workflow",
         "calibration generation judging",
         "utility judges_classifier judge_check refusal_score harness",
         "organisms",
         "summary",
         "experiment",
-        "fidelity hidden_states layer_study noise_study defence placement savings",
+        "fidelity hidden_states layer_study noise_study placement savings",
+        "defence defence_training defence_study attack_search",
         "figures",
-        "plots state_plots",
-        "report explore controls",
+        "plots state_plots placement_plots defence_plots",
+        "report report_page explore controls",
         "run",
     )
 )
 """Rooms from low to high: a module imports from lower layers, or from its own package."""
 
-STRANGERS_TO_MODELS = {"judging", "judges_classifier", "judge_check", "statistics", "figures", "plots"}
+STRANGERS_TO_MODELS = {"judging", "degeneration", "judges_classifier", "judge_check", "statistics", "figures", "plots"}
 LONGER_THAN_400_LINES = {"lib.experiment", "lib.patching"}
 PRINTERS = {"lib.run", "lib.workflow", "lib.execute"}
 NOTEBOOK_PACKAGES = {"lib", "pandas", "numpy", "IPython", "ipywidgets"}
