@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lib import hidden_states, refusal_score, state_plots
-from lib.approximations import TECHNIQUES, Technique, make
+from lib.approximations import Technique, make
 from lib.experiment import Layers, Study, describe, open_study
 from lib.figures import Figure
 from lib.generation import generate
@@ -32,7 +32,7 @@ DOSES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "bolt": ("fraction_bits", (12, 8, 6, 5, 4, 3)),
     "iron": ("fraction_bits", (12, 10, 8, 6)),
     "bumblebee": ("fraction_bits", (18, 12, 10, 8)),
-    "nexus": ("range_margin", (2.0,)),
+    "nexus": ("range_margin", (4.0,)),
     "gaussian": ("std", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)),
     "laplace": ("scale", (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)),
 }
@@ -72,6 +72,7 @@ class Explorer:
 
     @property
     def n_layers(self) -> int:
+        """Blocks of the model."""
         return len(self.directions)
 
     def look(self, request: str, technique: Technique, layers: Layers = None) -> Look:
@@ -121,14 +122,15 @@ class Panel:
         self.explorer, self.options, self.seen = explorer, options, ""
         name = explorer.study.name
         self.model = widgets.Dropdown(options=list(dict.fromkeys([name, *models])), value=name, description="model")
-        self.technique = widgets.Dropdown(options=list(TECHNIQUES), value="teal", description="technique")
+        self.technique = widgets.Dropdown(options=list(DOSES), value="teal", description="technique")
         self.dose = widgets.SelectionSlider(options=[0], description="setting", continuous_update=False)
         self.layers = widgets.IntRangeSlider(min=0, max=explorer.n_layers - 1, description="layers")
         self.request = widgets.Combobox(options=explorer.requests, placeholder="type or pick a request",
                                         description="request", layout={"width": "90%"})  # fmt: skip
         self.go = widgets.Button(description="look", button_style="primary")
         self.ask = widgets.ToggleButton(description="show the reply", disabled=True)
-        self.result, self.image, self.reply = widgets.HTML(), widgets.Image(format="png"), widgets.HTML()
+        self.result, self.reply = widgets.HTML(), widgets.HTML()
+        self.image = widgets.Image(format="png", layout={"max_width": "770px"})  # as drawn; a box would stretch it
         self.model.observe(self._switch, "value")
         self.technique.observe(self._choose, "value")
         self.go.on_click(self._look)
@@ -169,7 +171,8 @@ class Panel:
         except (ValueError, ArithmeticError) as error:  # a wrong choice, or numbers that are not finite
             self.result.value, self.image.value = html.escape(str(error)), b""
             return
-        self.result.value = look.table.to_html(float_format="{:.2f}".format)
+        table = look.table.to_html(float_format="{:.2f}".format, border=0)
+        self.result.value = f'<div class="jp-RenderedHTMLCommon" style="width:fit-content">{table}</div>'
         self.image.value = state_plots.png(self.explorer.figure(look))
         self.seen, self.ask.disabled = look.reply, False
 

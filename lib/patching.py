@@ -56,20 +56,22 @@ class Hits:
 def approximated(
     model: nn.Module, technique: Technique, state: State | None = None, layers: Iterable[int] | None = None
 ) -> Iterator[Hits]:
-    """Runs the model with `technique` in `layers` (all by default); yields the hit counts.
+    """Runs the model with `technique`, or a plan of several, in `layers` (all by default); yields the hit counts.
 
     Raises ValueError for a layer the model does not have, a missing state, or a site that matches nothing.
     """
     if technique.needs_calibration and state is None:
         raise ValueError(f"{technique.name} needs calibration: pass state=technique.calibrate(model, tokenizer, texts)")
     body = anatomy(model)
-    blocks = [body.blocks[layer] for layer in check_layers(layers, len(body.blocks))]
+    parts = [(part, check_layers(chosen, len(body.blocks))) for part, chosen in technique.split(layers)]
     with ExitStack() as undo:
-        patch = _Patch(model, body, undo)
-        for operation in technique.operations:
-            _place_operation(patch, blocks, operation, technique, state)
-        for site in technique.sites:
-            _place_site(patch, blocks, site, partial(technique.transform, state=state))
+        patch = _Patch(model, body, undo, technique)
+        for part, chosen in parts:
+            blocks = [body.blocks[layer] for layer in chosen]
+            for operation in part.operations:
+                _place_operation(patch, blocks, operation, part, state)
+            for site in part.sites:
+                _place_site(patch, blocks, site, partial(part.transform, state=state))
         patch.engage()
         yield patch.hits
 
@@ -96,6 +98,13 @@ def observed(
         yield patch.hits
 
 
+def engaged(model: nn.Module) -> list[tuple[Technique | None, Hits]]:
+    """(technique, hits) of every patch that is on the model now; technique None where it only observes."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    patches = [getattr(hook, "__self__", None) for hook in hooks]
+    return [(patch.technique, patch.hits) for patch in patches if isinstance(patch, _Patch)]
+
+
 def check_layers(layers: Iterable[int] | None, n_layers: int) -> list[int]:
     """Sorted layer numbers; ValueError names those outside 0 .. n_layers - 1 and an empty choice."""
     chosen = sorted(set(range(n_layers) if layers is None else layers))
@@ -105,8 +114,8 @@ def check_layers(layers: Iterable[int] | None, n_layers: int) -> list[int]:
     return chosen
 
 
-def first_non_finite(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[int, str] | None:
-    """The first (layer, site) with a NaN or infinity in a forward pass of the model as it is now, or None."""
+def first_non_finite(model: nn.Module, forward: Callable[[], Any]) -> tuple[int, str] | None:
+    """The first (layer, site) with a NaN or infinity while `forward` runs the model as it is now, or None."""
     found: list[tuple[int, str]] = []
 
     def look(layer: int, site: str, x: Tensor, step: Step) -> None:
@@ -114,8 +123,8 @@ def first_non_finite(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[int, 
             found.append((layer, site))
 
     sites = [s for s in ("norm_attn", "attn_out", "norm_mlp", "act", "mlp_mid", "block_out") if _exists(model, s)]
-    with torch.no_grad(), observed(model, sites, look):
-        model(**inputs)
+    with torch.no_grad(), observed(model, [*sites, "norm_final"], look):
+        forward()
     return found[0] if found else None
 
 
@@ -128,8 +137,8 @@ def _exists(model: nn.Module, site: str) -> bool:
 class _Patch:
     """Collects edits by place, then engages them; everything it does is undone by the ExitStack."""
 
-    def __init__(self, model: Any, body: Anatomy, undo: ExitStack) -> None:
-        self.model, self.body, self.undo, self.hits = model, body, undo, Hits()
+    def __init__(self, model: Any, body: Anatomy, undo: ExitStack, technique: Technique | None = None) -> None:
+        self.model, self.body, self.undo, self.technique, self.hits = model, body, undo, technique, Hits()
         self.step: Step | None = None
         self.fused: dict[nn.Linear, dict[tuple[str, int, int], Edit]] = {}
         self.attention: dict[nn.Module, dict[str, Callable]] = {}
@@ -151,7 +160,7 @@ class _Patch:
         else:
             real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         cache = kwargs.get("past_key_values")
-        self.step = Step(real, prefill=length > 1 or cache is None or cache.get_seq_length() == 0)
+        self.step = Step(real, prefill=length > 1 or cache is None or not cache.is_initialized)
 
     def counted(self, layer: int, site: str, edit: Callable) -> Callable:
         """edit(x, ...) that counts its calls under (layer, site)."""
@@ -180,8 +189,9 @@ class _Patch:
         the real tokens, because attention multiplies its values by 0 and 0 x NaN is NaN."""
 
         def apply(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            replaced, real = function(args[0]), self.now(args[0]).real
-            if real.all():
+            replaced, step = function(args[0]), self.now(args[0])
+            real = step.real
+            if not step.prefill or real.all():  # asked of prompts only: decoding is captured, and must not wait
                 return replaced
             real = real.view(*real.shape, *[1] * (output.ndim - 2))
             heads_first = output.ndim == 4 and args[0].stride(1) < args[0].stride(2)  # Gemma-3's norms of q and k

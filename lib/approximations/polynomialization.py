@@ -25,7 +25,7 @@ class Polynomialization(Technique):
     """Settings of every polynomialization system.
 
     parts: the operations it replaces, any non-empty subset of "activation", "softmax", "norm", in any order.
-    arithmetic: "real" evaluates the formulas in float64, "fixed" emulates the ring arithmetic bit by bit.
+    arithmetic: "real" evaluates the formulas in floating point, "fixed" emulates the ring arithmetic bit by bit.
     published: the literal system of the paper; what its ranges cannot hold wraps or explodes. The default adapts the
         ranges, and nothing else, to decoders.
     """
@@ -78,9 +78,9 @@ def in_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(block) for block in x.reshape(-1).split(BLOCK)]).view(x.shape)
 
 
-def real_valued(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function evaluated in float64, returned in the dtype of x."""
-    return function(x.to(torch.float64)).to(x.dtype)
+def real_valued(function: Callable[[Tensor], Tensor], x: Tensor, least: torch.dtype = torch.float64) -> Tensor:
+    """function evaluated in the dtype of x or in `least`, whichever is wider, and returned in the dtype of x."""
+    return function(x.to(torch.promote_types(x.dtype, least))).to(x.dtype)
 
 
 def fill_invisible(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

@@ -230,6 +230,10 @@ class Teal(Technique):
             raise ValueError("teal: allocation='greedy' is not valid with thresholds='paper'; choose uniform")
 
     @property
+    def whole_prompt(self) -> bool:
+        return self.prompt == "last_half"
+
+    @property
     def sites(self) -> tuple[str, ...]:
         return tuple(site for site in SITES.values() if self.thresholds == "calibrated" or site.startswith("mlp"))
 

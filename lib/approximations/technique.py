@@ -7,10 +7,12 @@ are plain tensor functions: techniques never see a model. `lib.patching` puts th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
@@ -98,6 +100,11 @@ class Technique:
         return True
 
     @property
+    def whole_prompt(self) -> bool:
+        """Whether a token's result depends on its prompt's length, so that a prompt must be read in one pass."""
+        return False
+
+    @property
     def sites(self) -> tuple[str, ...]:
         """Sites this technique transforms, projection-level where it matters: `mlp_in.up`."""
         return ()
@@ -110,6 +117,10 @@ class Technique:
     @property
     def needs_calibration(self) -> bool:
         return False
+
+    def split(self, layers: Iterable[int] | None) -> list[tuple[Technique, Iterable[int] | None]]:
+        """(technique, layers) pairs that together are this one in `layers`: itself, unless it is a plan."""
+        return [(self, layers)]
 
     def transform(self, site: str, layer: int, state: State | None) -> Transform:
         """The function x [batch, seq, channels], step -> x for one of `sites`."""
@@ -159,9 +170,16 @@ def setting_names(cls: type[Technique]) -> list[str]:
 
 
 def evaluate_polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    """c0 + c1 x + ... by Horner's rule, in the dtype of x."""
-    *lower, second, leading = coefficients
-    result = (x * leading).add_(second)
-    for coefficient in reversed(lower):
-        result.mul_(x).add_(coefficient)
+    """c0 + c1 x + ... by Horner's rule, in the dtype of x, one operation per degree. Carries no gradient."""
+    *lower, second, _ = _scalars(coefficients, x.dtype, x.device)
+    with torch.no_grad():
+        result = torch.add(second, x, alpha=coefficients[-1])
+        for coefficient in reversed(lower):
+            torch.addcmul(coefficient, result, x, out=result)
     return result
+
+
+@lru_cache(maxsize=256)
+def _scalars(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Tensors without dimensions, made once: small tensors cost more to make than to compute with."""
+    return torch.tensor(values, dtype=dtype, device=device).unbind()

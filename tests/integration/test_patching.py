@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -167,6 +168,9 @@ def test_a_site_that_matches_nothing_raises():
 
 def test_first_non_finite_names_layer_and_site():
     model = random_model("llama")
-    assert first_non_finite(model, left_padded_batch()) is None
+    forward = partial(model, **left_padded_batch())
+    assert first_non_finite(model, forward) is None
     with approximated(model, Scale(float("inf"), ("act",)), layers=[1]):
-        assert first_non_finite(model, left_padded_batch()) == (1, "act")
+        assert first_non_finite(model, forward) == (1, "act")
+    with approximated(model, Scale(float("nan"), ("norm_final",))):
+        assert first_non_finite(model, forward) == (-1, "norm_final")
