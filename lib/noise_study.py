@@ -164,8 +164,10 @@ def search_peak(
 
 
 def peak(table: pd.DataFrame) -> pd.Series:
-    """The row of the approximated model with the highest ASR; the lowest level among equals."""
+    """The row of the approximated model with the highest ASR; the lowest level among equals. ValueError if none."""
     rows = table[(table["technique"] != "exact") & (table["failed"] == "")].sort_values("level", kind="stable")
+    if rows.empty:
+        raise ValueError("the sweep is empty: no level of it could be measured, so it has no peak")
     return rows.loc[rows["asr"].idxmax()]
 
 

@@ -1,0 +1,314 @@
+"""Safe placement: the most aggressive level of a technique in each group of layers that keeps the exact model's safety.
+
+For who cannot retrain. Every group of layers has a rung on a ladder of levels; a placement is one rung per group:
+
+    maximise  saving(placement)   subject to   decision(placement against exact) = re-validated
+
+1. *Uniform*: the highest rung for all layers alike that is re-validated on the search split, by bisection.
+2. *Screen*: d[g, r], the growth of the mean NLL of the exact model's own replies with rung r in group g alone. Forward
+   passes only. Refusals and answers weigh the same: answers often break first, and a refusal score would not see that.
+3. *Path*: placements that minimise sum_g d[g, r_g] - price * saving[g, r_g], for every price: more is saved along it.
+   Bisection finds the last one that is re-validated and saves more than uniform.
+4. *Climb*: one group one rung up, cheapest damage per saving first, until no step is re-validated.
+5. *Validation*, once, on sealed prompts: uniform and placed beside exact, by the rule of `lib.statistics.decision`.
+
+Steps 1, 3 and 4 generate replies to search prompts and use the upper 95 % limits of the three paired increases (ASR,
+over-refusal, broken), so noise in a small sample makes the search cautious. The procedure is this project's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from lib import prompts, savings, statistics, utility
+from lib.anatomy import anatomy
+from lib.approximations import Technique
+from lib.approximations.technique import OPERATIONS, State
+from lib.experiment import Condition, Study
+from lib.generation import NonFiniteError
+from lib.organisms import corpus
+from lib.patching import approximated
+from lib.paths import atomic
+from lib.results import content_key, source_hash
+from lib.savings import AXES, EXACT_BITS, Ladder, Placement, layer_groups, setting_of
+from lib.summary import changes
+
+SCREENED = 16  # exact replies of each kind that the screen scores
+SPARSITIES = (0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
+BITS = (8, 6, 5, 4, 3, 2)
+CRITERIA = {"asr": "asr", "over_refusal": "refused", "broken": "broken"}  # ours: the paired columns of a summary row
+
+
+def ladder(study: Study, technique: Technique, n_groups: int = 6, levels: Sequence[Any] | None = None) -> Ladder:
+    """The ladder of a technique in n_groups groups of consecutive layers; see `lib.savings.ladder`.
+
+    levels: by default sparsities to 0.9, 8 to 2 bits, or operations one after the other, the least damaging first.
+    """
+    setting, body = setting_of(technique), anatomy(study.model)
+    groups = layer_groups(len(body.blocks), n_groups)
+    if levels is None:
+        known = {"sparsity": SPARSITIES, "bits": BITS}
+        levels = known[setting] if setting in known else nested_operations(study, technique)
+    return savings.ladder(body, technique, groups, levels)
+
+
+def nested_operations(study: Study, technique: Technique) -> list[tuple[str, ...]]:
+    """One operation, two, all three: those that do the least damage in the whole model first."""
+    damage = {part: reply_nll(study, replace(technique, parts=(part,))) for part in OPERATIONS}  # type: ignore[call-arg]
+    order = sorted(OPERATIONS, key=damage.__getitem__)
+    return [tuple(order[: n + 1]) for n in range(len(order))]
+
+
+# ------------------------------------------------------------------ prompts
+
+
+def searching(study: Study, n: int) -> Study:
+    """n harmful requests of the search split and as many that should be answered, half of them confusable if there are
+    such. Of a public set: requests that are not among the study's own."""
+    found = study.brief(n, "search")
+    if study.prompt_set != "organism":
+        return found
+    confusable = prompts.load(
+        "organism", split="search", label="confusable", tier="composition", n=max(1, n // 2), seed=study.seed
+    )
+    return replace(found, prompts=[*found.prompts, *confusable])
+
+
+def sealed(study: Study, n: int = 1200, seal: int = 1) -> Study:
+    """n sealed requests, half of them harmful, a quarter harmless, a quarter confusable, for the one validation.
+
+    Organisms: fresh goals of `corpus.requests(..., seal=seal)`, all in a first phrasing before any in a second.
+    A public set has no reserve: then the study's own test prompts, which the search never saw.
+    """
+    if study.prompt_set != "organism":
+        return replace(study, facts=[], prose="")
+    quotas = {"harmful": n - 2 * (n // 4), "harmless": n // 4, "confusable": n // 4}
+    found = [prompt for label, quota in quotas.items() for prompt in sealed_requests(label, quota, seal)]
+    return replace(study, prompts=found, facts=[], prose="", split=f"seal-{seal}")
+
+
+def sealed_requests(label: str, n: int, seal: int) -> list[prompts.Prompt]:
+    """n sealed requests of one label. ValueError if even eight phrasings of every goal are too few."""
+    for phrasings in range(1, 9):
+        pool = corpus.requests("test", label, "composition", phrasings, seal)
+        if len(pool) >= n:
+            first = sorted(pool, key=lambda request: int(request.id.rsplit(".", 1)[1]))[:n]
+            names = {f for f in prompts.FIELDS if hasattr(first[0], f)}
+            return [prompts.Prompt(**{f: getattr(request, f) for f in names}) for request in first]
+    raise ValueError(f"seal {seal} holds {len(pool)} {label} requests, not {n}: choose fewer sealed prompts")
+
+
+# ------------------------------------------------------------------ search
+
+
+def reply_nll(
+    study: Study,
+    technique: Technique | None = None,
+    layers: Sequence[int] | None = None,
+    state: State | None = None,
+) -> float:
+    """Mean NLL (nats per token) of the exact model's own replies, those to harmful requests weighing one half. Stored.
+
+    state: of the technique, where the caller has it. Infinite where the (patched) model's logits are not finite."""
+    key = content_key(["reply nll", study.key(technique, layers), SCREENED, source_hash("lib.utility")])
+    if stored := study.store.read_record(key):
+        return float(stored["nll"])
+    kinds = [study.rows(*labels)[:SCREENED] for labels in (("harmful",), ("harmless", "confusable"))]
+    rows, replies = [row for kind in kinds for row in kind], study.replies()
+    asked, given = [study.prompts[i].prompt for i in rows], [replies[i] for i in rows]
+    if technique is not None and state is None:
+        state = study.state(technique)
+    try:
+        with nullcontext() if technique is None else approximated(study.model, technique, state, layers):
+            sums, lengths = utility.reply_losses(study.model, study.tokenizer, asked, given, study.protocol)
+    except NonFiniteError:
+        nll = math.inf
+    else:
+        parts = [np.arange(len(kinds[0])), np.arange(len(kinds[0]), len(rows))]
+        nll = float(np.mean([sums[part].sum() / lengths[part].sum() for part in parts if len(part)]))
+    study.store.write_record(key, {"nll": nll, "n": len(rows)})
+    return nll
+
+
+def screen(study: Study, ladder: Ladder) -> NDArray[np.float64]:
+    """Damage [groups, rungs + 1]: growth of `reply_nll` with one group on one rung and all others exact."""
+    exact = reply_nll(study)
+    damage = np.zeros_like(ladder.savings)
+    with tqdm(total=damage[:, 1:].size, desc="screen", file=sys.stdout, leave=False) as bar:
+        for r, rung in enumerate(ladder.rungs, start=1):
+            state = study.state(rung)
+            for g, group in enumerate(ladder.groups):
+                damage[g, r] = reply_nll(study, rung, group, state) - exact
+                bar.update()
+    return damage
+
+
+def path(ladder: Ladder, damage: NDArray[np.float64]) -> list[Placement]:
+    """Placements by rising saving that minimise damage - price * saving, added over the groups, for some price."""
+    more = ladder.savings[:, :, None] - ladder.savings[:, None, :]  # between two rungs of a group
+    with np.errstate(invalid="ignore"):  # infinite less infinite
+        extra = damage[:, :, None] - damage[:, None, :]
+    slopes = extra[more > 0] / more[more > 0]
+    prices = sorted({slope * (1 + 1e-9) for slope in slopes if math.isfinite(slope) and slope > 0} | {0.0})
+    chosen = {tuple(map(int, (damage - price * ladder.savings).argmin(1))) for price in prices}
+    return sorted(chosen, key=ladder.saving)
+
+
+def last_safe(n: int, safe: Callable[[int], bool]) -> int:
+    """The largest i of 0 ... n that is safe, by bisection; 0 is safe without asking."""
+    low, high = 0, n
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if safe(middle) else (low, middle - 1)
+    return low
+
+
+@dataclass
+class Search:
+    """Placements tried on the search split, and what came out. most: conditions after which the climb stops."""
+
+    study: Study
+    ladder: Ladder
+    tolerance: float = statistics.TOLERANCE
+    most: int = 16
+    rows: dict[Placement, dict[str, Any]] = field(default_factory=dict)
+    uniform: Placement = ()
+    placed: Placement = ()
+
+    def safe(self, placement: Placement) -> bool:
+        """Whether the search prompts re-validate it. What lies above a refused placement in every group is refused."""
+        if not any(placement):
+            return True
+        refused = [tried for tried, row in self.rows.items() if not row["safe"]]
+        if any(np.greater_equal(placement, tried).all() for tried in refused):
+            return False
+        if placement not in self.rows:
+            row = measured(self.study, self.ladder, placement, self.tolerance)
+            self.rows[placement] = row | {"safe": row["decision"] == statistics.DECISIONS[0]}
+        return self.rows[placement]["safe"]
+
+    def climb(self, start: Placement, damage: NDArray[np.float64]) -> Placement:
+        """Raises one group by one rung, the least damage per saving first, until nothing more is safe."""
+        price = np.diff(damage) / np.diff(self.ladder.savings)
+        current, open_groups = start, set(range(len(start)))
+        while len(self.rows) < self.most:
+            steps = [g for g in open_groups if current[g] < self.ladder.top and np.isfinite(price[g, current[g]])]
+            if not steps:
+                break
+            g = min(steps, key=lambda g: price[g, current[g]])
+            raised = (*current[:g], current[g] + 1, *current[g + 1 :])
+            if self.safe(raised):
+                current = raised
+            else:
+                open_groups.discard(g)
+        return current
+
+    def table(self) -> pd.DataFrame:
+        """One row per placement tried; `placement` is "uniform" or "placed"."""
+        return pd.DataFrame(list(self.rows.values()))
+
+
+def search(study: Study, ladder: Ladder, tolerance: float = statistics.TOLERANCE, most: int = 16) -> Search:
+    """The uniform and the placed rungs that save the most and are re-validated on the search prompts.
+
+    tolerance: of the paired increase of ASR, a share; over-refusal and broken replies keep the usual one. ValueError if
+    the exact model refuses nothing."""
+    exact = study.run()
+    if not (exact.loc[exact["label"] == "harmful", "verdict"] == "refused").any():
+        n = len(study.rows("harmful"))
+        raise ValueError(f"{study.name} refuses none of {n} harmful requests exactly: there is no safety to keep")
+    found = Search(study, ladder, tolerance, most)
+    found.uniform = ladder.uniform(last_safe(ladder.top, lambda rung: found.safe(ladder.uniform(rung))))
+    damage = screen(study, ladder)
+    further = [found.uniform, *(p for p in path(ladder, damage) if ladder.saving(p) > ladder.saving(found.uniform))]
+    start = further[last_safe(len(further) - 1, lambda i: found.safe(further[i]))]
+    found.placed = found.climb(start, damage)
+    return found
+
+
+def measured(study: Study, ladder: Ladder, placement: Placement, tolerance: float) -> dict[str, Any]:
+    """The summary row of a placement: its level, the decision, and the paired increase of each of `CRITERIA`."""
+    technique, exact = ladder.technique(placement), study.run()
+    axis = AXES[ladder.category][1]
+    level = ladder.level(placement)
+    result = study.run(technique)
+    row = study.summary(result, exact, Condition(technique, axis, level) if technique else None)
+    row |= {} if technique else changes(exact, exact)
+    kind = "uniform" if len(set(placement)) == 1 else "placed"
+    row |= {"technique": ladder.rungs[0].name, "category": ladder.category, "level": level, "level_name": axis}
+    row |= {"label": f"{ladder.rungs[0].name} {kind}", "placement": kind, "rungs": json.dumps(placement)}
+    if row["failed"]:
+        return row | {"decision": statistics.DECISIONS[1], "unmet": "failed", "n_needed": None}
+    stored = {name: json.loads(row[f"paired_{of}"]) for name, of in CRITERIA.items()}
+    paired = {name: statistics.Paired(**change) for name, change in stored.items() if change}
+    for name, change in paired.items():
+        row |= {f"{name}_increase": change.difference}
+        row |= {f"{name}_increase_low": change.low, f"{name}_increase_high": change.high}
+    outcome = statistics.decision(paired["asr"], paired.get("over_refusal"), paired.get("broken"), tolerance)
+    return row | {"decision": outcome.decision, "unmet": "; ".join(outcome.unmet), "n_needed": outcome.n_needed}
+
+
+# ------------------------------------------------------------------ validation
+
+
+def validate(study: Study, found: Search) -> pd.DataFrame:
+    """Rows of the uniform and the placed rungs on sealed prompts, with the three-way decision of each."""
+    chosen = {"uniform": found.uniform, "placed": found.placed}
+    rows = [
+        measured(study, found.ladder, placement, found.tolerance) | {"placement": name}
+        for name, placement in chosen.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def gain(found: Search, validated: pd.DataFrame) -> dict[str, Any]:
+    """What placement gains over uniform: levels, their difference towards more savings, and the sealed decisions."""
+    rows = validated.set_index("placement")
+    uniform, placed = (found.ladder.saving(p) for p in (found.uniform, found.placed))
+    row: dict[str, Any] = {"technique": found.ladder.rungs[0].name, "what": AXES[found.ladder.category][1]}
+    row |= {name: float(rows.loc[name, "level"]) for name in ("uniform", "placed")}
+    asked = rows.loc["placed"].reindex(["n_harmful", "n_harmless", "n_confusable"])
+    row |= {"gain": placed - uniform, "n sealed": int(asked.sum())}
+    row |= {f"{name}: sealed decision": rows.loc[name, "decision"] for name in ("uniform", "placed")}
+    return row | {"conditions searched": len(found.rows)}
+
+
+def save(found: Search, validated: pd.DataFrame) -> Path:
+    """Writes the placed plan with what is known of it as JSON; `lib.approximations.plan.load` reads it. Its path."""
+    study, ladder = found.study, found.ladder
+    shown = ["level_name", "level", "split", "n_harmful", "n_harmless", "n_confusable", "decision", "unmet"]
+    shown += [f"{name}_increase{end}" for name in CRITERIA for end in ("", "_low", "_high")]
+    row = validated[validated["placement"] == "placed"].iloc[0].reindex(shown)
+    content = {"model": study.name, "weights": study.identity["weights"], "tolerance": found.tolerance}
+    content |= {"uniform_level": ladder.level(found.uniform), "sealed": json.loads(row.to_json())}
+    target = study.store.folder / "plans" / f"placement_{ladder.rungs[0].name}.json"
+    with atomic(target) as temporary:
+        temporary.write_text(json.dumps(content | ladder.plan(found.placed).settings, indent=1))
+    return target
+
+
+def layer_levels(found: Search) -> pd.DataFrame:
+    """Level of every layer, uniform and placed: sparsity, bits, or number of operations replaced."""
+    setting = setting_of(found.ladder.rungs[0])
+    exact: dict[str, Any] = {"sparsity": 0.0, "bits": EXACT_BITS, "parts": ()}
+    rows = []
+    for name, placement in (("uniform", found.uniform), ("placed", found.placed)):
+        for group, rung in zip(found.ladder.groups, placement, strict=True):
+            value = found.ladder.rungs[rung - 1].settings[setting] if rung else exact[setting]
+            level = len(value) if setting == "parts" else value
+            row = {"technique": found.ladder.rungs[0].name, "setting": setting, "placement": name}
+            text = "+".join(value) if setting == "parts" else str(value)
+            rows += [row | {"layer": layer, "level": float(level), "text": text or "exact"} for layer in group]
+    return pd.DataFrame(rows)

@@ -1,0 +1,88 @@
+"""Figures of safe placement: the frontier of safety against savings, and the level that every layer got.
+
+Pure functions from the tables of `lib.placement` to a Figure; one column of axes per technique.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib import figures, statistics
+from lib.figures import BLUE, INK, RED, Figure, Style, styled, technique_style
+
+CRITERIA = {"asr": "ASR", "over_refusal": "over-refusal", "broken": "broken"}
+PLACEMENTS = {"uniform": Style("uniform", BLUE, "s", "--"), "placed": Style("placed", RED, "o")}
+REVERSED = "bits"  # fewer save more
+SETTINGS = {"sparsity": "sparsity", "bits": "bits", "parts": "operations replaced"}
+
+
+@styled
+def frontier(table: pd.DataFrame, tolerance: float, highest: float = 0.2) -> Figure:
+    """Increase over exact of ASR, over-refusal and broken replies (points) against what is saved; a column a technique.
+
+    table: rows of `placement.Search.table` and `placement.validate`, with `stage` "search" or "sealed". tolerance: of
+    ASR; the others have the usual one. Small markers: search prompts; large and outlined: sealed ones. Bars are 95 %;
+    what lies above `highest` is drawn at its edge."""
+    groups = list(table[table["failed"] == ""].groupby("technique", sort=False))
+    names = [technique_style(str(name)).label for name, _ in groups]
+    axis_names = [str(rows["level_name"].iloc[0]) for _, rows in groups]
+    y_labels = [f"{label}\n(points)" for label in CRITERIA.values()]
+    figure, axes = figures.panels(names, axis_names, y_labels, (0.95,) * 3, columns=3, share="y")
+    for stack, (_, rows) in zip(axes, groups, strict=True):
+        for ax, criterion in zip(stack, CRITERIA, strict=True):
+            ax.axhline(0, color=INK, linewidth=0.5)
+            limit = tolerance if criterion == "asr" else statistics.TOLERANCE
+            ax.axhline(100 * limit, color="black", linestyle="--", linewidth=0.8)
+            for (placement, stage), points in rows.groupby(["placement", "stage"], sort=False):
+                _points(ax, points.sort_values("level"), criterion, PLACEMENTS[placement], stage == "sealed", highest)
+        if REVERSED in str(rows["level_name"].iloc[0]):
+            stack[0].invert_xaxis()
+    for ax in axes[0]:
+        ax.set_ylim(-60 * tolerance, 104 * highest)
+    figures.legend(figure, _entries())
+    return figure
+
+
+def _points(ax: Any, rows: pd.DataFrame, criterion: str, style: Style, sealed: bool, highest: float) -> None:
+    """Search prompts: a thin line with small markers and bars. Sealed prompts: one outlined marker with its bar."""
+    column = f"{criterion}_increase"
+    if column not in rows:
+        return
+    middle, low, high = (100 * rows[column + end].astype(float).clip(upper=highest) for end in ("", "_low", "_high"))
+    look: dict[str, Any] = {"markersize": 3, "linewidth": 0.6, "alpha": 0.7}
+    if sealed:
+        look = {"markersize": 6.5, "linestyle": "none", "markeredgecolor": "black", "zorder": 5}
+    spread = np.clip([middle - low, high - middle], 0, None)
+    ax.errorbar(rows["level"], middle, yerr=spread, elinewidth=1.2 if sealed else 0.4, **style.keywords() | look)
+
+
+def _entries() -> dict[str, Any]:
+    """Legend: who is who, and that size tells search from sealed prompts."""
+    entries = figures.handles(list(PLACEMENTS.values()))
+    outlined = {"linestyle": "none", "markersize": 6, "markeredgecolor": "black"}
+    entries |= {
+        f"{name}, sealed prompts": figures.line(**style.keywords() | outlined) for name, style in PLACEMENTS.items()
+    }
+    return entries | {"tolerance": figures.line(color="black", linestyle="--", linewidth=0.8)}
+
+
+@styled
+def layer_levels(table: pd.DataFrame) -> Figure:
+    """The level of each layer, uniform and placed, a panel per technique; table: of `placement.layer_levels`."""
+    groups = list(table.groupby("technique", sort=False))
+    names = [technique_style(str(name)).label for name, _ in groups]
+    figure, axes = figures.panels(names, "layer", [""], (1.3,), columns=3, share="")
+    for ax, (_, rows) in zip(axes[:, 0], groups, strict=True):
+        for name, points in rows.groupby("placement", sort=False):
+            ax.plot(points["layer"], points["level"], **PLACEMENTS[name].keywords(), drawstyle="steps-mid")
+        layers = np.unique(rows["layer"])
+        ax.set_xticks(layers[:: 1 + len(layers) // 12])
+        setting = str(rows["setting"].iloc[0])
+        ax.set_ylabel(SETTINGS[setting])
+        if setting == REVERSED:
+            ax.invert_yaxis()
+    figures.legend(figure, figures.handles(list(PLACEMENTS.values())))
+    return figure
