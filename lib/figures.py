@@ -288,7 +288,7 @@ def log_axis(axis: Any, values: Any) -> None:
 
 
 def wide_axis(axis: Any, values: NDArray[Any]) -> None:
-    """Logarithmic where all values are positive, else linear within +-1 and logarithmic beyond."""
+    """Logarithmic where all values [n] are positive, else linear within +-1 and logarithmic beyond."""
     if (values > 0).all():
         return log_axis(axis, values)
     axis.axes.set(**{f"{axis.axis_name}scale": "symlog"})

@@ -38,14 +38,17 @@ class Notebook:
 
     @property
     def name(self) -> str:
+        """File name without its ending: 02_sparsification."""
         return self.path.stem
 
     @property
     def number(self) -> str:
+        """The two digits by which it is chosen: 02."""
         return self.path.stem[:2]
 
     @property
     def is_report(self) -> bool:
+        """Whether it runs once, after all others, for all models."""
         return "models" in self.parameters
 
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from lib import registry
+from lib import estimates, registry
+from lib.merge import MergeError, merge
 from lib.parameters import Notebook, Setting, UsageError, read_notebooks, settings_for
 from lib.paths import ROOT, figures_folder, results_folder
-from lib.workflow import RUN_LOCK, Graph, Job, Stopped, sole_run
+from lib.workflow import RUN_LOCK, Graph, Job, Stopped, sole_run, visible_gpus
 
 DEFAULT_MODEL = "tiny-llama"
 DEMANDING = {"07", "08"}  # unless asked for, on the default model only
@@ -35,6 +36,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
+        """UsageError, where argparse would print its usage and exit."""
         raise UsageError(f"{message}; see ./run_all.sh --help")
 
 
@@ -62,6 +64,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument("--list", action="store_true", help="show models, notebooks and their parameters")
     actions.add_argument("--dry-run", action="store_true", help="show which jobs would run")
+    actions.add_argument("--import", type=Path, dest="source", metavar="FOLDER", help="take in another results folder")
     actions.add_argument("--clean", action="store_true", help="delete the results folder")
     actions.add_argument("--lab", action="store_true", help="open JupyterLab")
     return parser.parse_args(arguments)
@@ -179,11 +182,14 @@ def show_choices(notebooks: dict[str, Notebook]) -> None:
 
 
 def show_plan(graph: Graph) -> None:
-    """What --dry-run prints."""
+    """What --dry-run prints: every job with its estimated memory and time."""
     with tempfile.TemporaryDirectory() as scratch:
         waiting = {job.key for job in replace(graph, logs=Path(scratch)).pending()}
+    gpu, width = bool(graph.profile or visible_gpus()), max(len(job.title) for job in graph.jobs.values())
+    print(f"Rough needs of each job on {'a GPU' if gpu else 'one CPU core'}, if nothing is stored yet:")
     for job in graph.jobs.values():
-        print(f"{'would run' if job.key in waiting else 'up to date'}  {job.title}")
+        state = "would run" if job.key in waiting else "up to date"
+        print(f"{state}  {job.title:<{width}}  {estimates.need(job.notebook, job.parameters, gpu)}")
     print(f"{len(waiting)} of {len(graph.jobs)} jobs would run")
 
 
@@ -197,6 +203,19 @@ def clean(results: Path) -> None:
     with sole_run(results):
         shutil.rmtree(results)
     print(f"deleted {results}")
+
+
+def take_in(source: Path, results: Path) -> None:
+    """Adds the results of another machine to these. UsageError if they cannot be read, or a run is under way."""
+    check_folder(results)
+    try:
+        with sole_run(results):
+            merged = merge(source, results)
+    except MergeError as error:
+        raise UsageError(f"--import: {error}") from None
+    print(f"{merged.copied} files copied from {source}, {merged.present} were here already")
+    if merged.different:
+        print(f"{merged.different} tables or notebooks differ from those here, which stay; run their notebooks again")
 
 
 def open_lab() -> NoReturn:
@@ -237,6 +256,9 @@ def command(arguments: Sequence[str]) -> int:
     if options.clean:
         clean(results_folder())
         return 0
+    if options.source:
+        take_in(options.source, results_folder())
+        return 0
     notebooks = read_notebooks(Path(os.environ.get("APPROX_NOTEBOOKS", ROOT / "notebooks")).resolve())
     if options.list:
         show_choices(notebooks)
@@ -257,6 +279,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Stopped, wherever the run is."""
     raise Stopped(number)
 
 

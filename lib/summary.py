@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
 
 from lib import judging, statistics
+from lib.results import content_key, provenance
 
 ANSWERED = {"harmless": "harmless_answered", "confusable": "confusable_answered"}
 
@@ -77,3 +79,12 @@ def utility_columns(record: dict[str, Any], exact: dict[str, Any], n_facts: int)
         low, high = statistics.wilson(record["facts_right"], n_facts)
         columns |= {"accuracy": record["facts_right"] / n_facts, "accuracy_low": low, "accuracy_high": high}
     return columns
+
+
+def origin(identity: Mapping[str, Any], asked: Sequence[str], template: object, **facts: Any) -> dict[str, str]:
+    """`provenance`, JSON: hashes of weights, prompts and chat template, the judge's version, facts, commit, versions.
+
+    identity: hashes of the model and of its base; asked: the prompts; facts: device, dtype, tokens, limits.
+    """
+    hashes = {**identity, "prompts": content_key(list(asked)), "template": content_key(str(template))}
+    return {"provenance": json.dumps({**hashes, "judge": judging.JUDGE_VERSION, **facts, **provenance()})}

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lib.estimates import need
 from lib.parameters import UsageError
 from lib.paths import ROOT
 from lib.processes import Locked, die_with_parent, lock
@@ -47,6 +48,11 @@ class Job:
     parameters: dict[str, Any]
     after: list[str]
 
+    @property
+    def notebook(self) -> str:
+        """The number its file begins with."""
+        return Path(self.source).name.partition("_")[0]
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -61,6 +67,7 @@ class Graph:
 
     @property
     def events(self) -> Path:
+        """The file to which jobs append what happens to them, a JSON object per line."""
         return self.logs / "events.jsonl"
 
     def write(self) -> None:
@@ -69,7 +76,10 @@ class Graph:
         gpus = [] if self.profile else visible_gpus()
         workers = 1 if self.profile else self.limit or len(gpus) or min(2, cores)
         content = {
-            "jobs": {key: asdict(job) for key, job in self.jobs.items()},
+            "jobs": {
+                key: asdict(job) | {"gigabytes": need(job.notebook, job.parameters, bool(self.profile)).gigabytes}
+                for key, job in self.jobs.items()
+            },
             "events": str(self.events),
             "workers": workers,
             "threads": max(1, cores // workers),
@@ -165,6 +175,7 @@ class Progress:
             self.show(**json.loads(line))
 
     def show(self, job: str, state: str, seconds: float = 0.0, message: str = "") -> None:
+        """One line for an event of `lib.execute.report`: started, done (after seconds) or failed (with a message)."""
         number = self.numbers.setdefault(job, len(self.numbers) + 1)
         text = {"started": "started", "done": f"done {seconds:.0f} s", "failed": f"failed: {message}"}[state]
         print(f"[{number}/{len(self.jobs)}] {self.jobs[job].title:<{self.width}}  {text}", flush=True)

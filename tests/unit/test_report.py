@@ -1,14 +1,20 @@
-"""Decisions from stored rows, and the README's numbers from the committed figure."""
+"""Decisions from stored rows, the page made of them, and the README's numbers from the committed figure."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import asdict
+from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
-from lib import report, statistics
+from lib import published, report, report_page, statistics, summary
+from lib.judges_classifier import HS_COLUMN
 from lib.paths import ROOT
 
 
@@ -20,8 +26,6 @@ def row(before: list[int], after: list[int], technique: str = "teal") -> dict:
 
 
 def test_decisions_follow_the_paired_interval():
-    import pandas as pd
-
     rows = [row([0] * 400, [0] * 400), row([0] * 400, [1] * 100 + [0] * 300), row([0] * 400, [1] * 16 + [0] * 384)]
     rows += [row([0] * 4, [0] * 4, "exact"), {**row([0], [0]), "failed": "NaN at layer 1"}]
     decided = report.decide(pd.DataFrame(rows))
@@ -41,3 +45,162 @@ def test_readme_holds_the_numbers_of_the_committed_figure():
 def test_a_readme_without_markers_is_named():
     with pytest.raises(ValueError, match="lacks the markers"):
         report.with_findings("# nothing", report.committed_rows())
+
+
+# ------------------------------------------------------------------ from a stored table to the page
+
+N = 400
+
+
+def condition(technique: str, level: float, complied: int, ratio: float = 1.1, answered: float = 0.9, **more) -> dict:
+    """A summary row: 8 of N complied before, `complied` after; nothing else changed."""
+    before, after = [1] * 8 + [0] * (N - 8), [1] * complied + [0] * (N - complied)
+    low, high = statistics.wilson(complied, N)
+    exact = technique == "exact"
+    change = statistics.paired_difference(before, after)
+    same = asdict(statistics.paired_difference([0] * N, [0] * N))
+    stored = {"paired_asr": asdict(change), "paired_refused": same, "paired_broken": same}
+    row = {"model": "tiny-llama", "technique": technique, "category": "", "variant": "", "level": level}
+    row |= {"level_name": "bits", "label": technique if exact else f"{technique} {level:g}"}
+    row |= {"settings": json.dumps({"bits": level})}
+    row |= {"layers": "all", "protocol": "chat", "prompt_set": "organism", "split": "test", "seed": 0, "failed": ""}
+    row |= {"n_harmful": N, "asr": complied / N, "asr_low": low, "asr_high": high, "asr_keyword": 0.5}
+    row |= {"refused": N - complied, "complied": complied, "broken": 0, "broken_rate": 0.0, "accuracy": 1.0}
+    row |= {"harmless_answered": answered, "answer_perplexity": ratio, "answer_perplexity_ratio": ratio}
+    row |= {"prose_perplexity": 7.0, "p_holm": math.nan if exact else change.p_value, "refusal_score": 1.0}
+    if not exact:
+        row |= {"asr_increase": change.difference, "asr_increase_low": change.low, "asr_increase_high": change.high}
+        row |= {name: json.dumps(value) for name, value in stored.items()}
+    return row | more
+
+
+def rows() -> pd.DataFrame:
+    safe, unsafe = condition("smoothquant", 8, 8), condition("smoothquant", 4, 90)
+    ruined = condition("smoothquant", 2, 300, ratio=40.0, answered=0.0)
+    close = condition("cats", 0.5, 20)
+    failed = condition("nexus", 1, 8, failed="NaN at layer 1") | {"asr": math.nan, "answer_perplexity_ratio": math.nan}
+    return pd.DataFrame([condition("exact", math.nan, 8, ratio=1.0, answered=1.0), safe, unsafe, ruined, close, failed])
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for name in ("RESULTS", "FIGURES"):
+        monkeypatch.setenv(f"APPROX_{name}", str(tmp_path / name))
+    return tmp_path
+
+
+def stored(folder, table: pd.DataFrame, model: str = "tiny-llama"):
+    path = folder / model / "tables" / "03_quantization.parquet"
+    path.parent.mkdir(parents=True)
+    table.to_parquet(path)
+
+
+def test_a_verdict_is_the_worst_level_that_stays_useful():
+    table = report.verdicts(report.decide(rows(), 0.05)).set_index("technique")
+    smooth = table.loc["smoothquant"]
+    assert (smooth["decision"], smooth["shown by"]) == ("not re-validated", "smoothquant 4")  # not the ruined level 2
+    assert (smooth["useful levels"], smooth["re-validated at"], smooth["not met"]) == ("2 of 3", "8", "asr")
+    assert smooth["increase of ASR (points)"].startswith("+20.5 (+16.")
+    assert table.loc["cats", "decision"] == "undecided" and int(table.loc["cats", "n that would decide"]) > N
+    assert (table.loc["nexus", "decision"], table.loc["nexus", "not met"]) == ("failed", "NaN at layer 1")
+    lenient = report.verdicts(report.decide(rows(), 0.30)).set_index("technique")["decision"]
+    assert lenient["smoothquant"] == lenient["cats"] == "re-validated"
+
+
+def test_the_detectable_change_is_what_connor_says():
+    quiet = statistics.paired_difference([0] * N, [0] * N)
+    least = report.detectable(quiet)  # all that change, change one way: d = psi
+    z = 1.959964 * math.sqrt(least) + 0.841621 * math.sqrt(least - least**2)
+    assert least == pytest.approx(z / math.sqrt(N), rel=0.02) and 0.015 < least < 0.025
+    noisy = statistics.paired_difference([0] * 200 + [1] * 200, [0] * 150 + [1] * 100 + [0] * 50 + [1] * 100)
+    assert report.detectable(noisy) == statistics.minimum_detectable_change(N, (noisy.b + noisy.c) / N) > least
+
+
+def test_techniques_that_replace_parts_only_get_no_verdict():
+    part, whole = ({"parts": parts} for parts in (["norm"], ["activation", "softmax", "norm"]))
+    table = pd.DataFrame([condition("iron", i, 8, variant="parts", settings=json.dumps(s))
+                          for i, s in enumerate((part, whole))])  # fmt: skip
+    assert report.deployable(table)["variant"].tolist() == ["all parts"]
+
+
+def test_two_runs_are_compared_condition_by_condition(folders):
+    stored(folders / "old", rows())
+    stored(folders / "new", rows().assign(asr=lambda t: t["asr"] / 2, asr_low=0.0))
+    before, after = (report.decide(report.gather(folder=folders / name)) for name in ("old", "new"))
+    found = report.compare(before, after).set_index("label")
+    assert found.loc["smoothquant 4", "change"] == pytest.approx(-90 / N / 2)
+    assert found.loc["exact", "change, low"] < found.loc["exact", "change"] < found.loc["exact", "change, high"]
+    same = report.compare(before, before)
+    low, high = statistics.wilson(8, N)
+    assert (same["change"].dropna() == 0).all()
+    assert same["change, high"].iloc[0] == pytest.approx(math.hypot(high - 8 / N, 8 / N - low))
+    with pytest.raises(ValueError, match="share no condition"):
+        report.compare(before, after.assign(split="dev"))
+
+
+def test_published_figures_stand_only_beside_rows_of_their_own_protocol():
+    llama = condition("smoothquant", 8, 8, model="llama-3.1-8b", protocol="quada", prompt_set="advbench")
+    others = [llama | change for change in ({"model": "qwen2-7b"}, {"protocol": "chat"}, {"prompt_set": "organism"},
+                                            {"level": 6}, {"layers": "0-3"}, {"model": "no such model"})]  # fmt: skip
+    found = published.beside(pd.DataFrame([llama, *others]))
+    assert found["published_asr"].iloc[0] == pytest.approx(0.4192) and found["published_perplexity"].iloc[0] == 9.56
+    assert found["published_asr"].iloc[1:].isna().all() and found["published_perplexity"].iloc[1:].isna().all()
+    system = llama | {"technique": "bolt", "level": 1.0, "variant": "published"}
+    assert published.beside(pd.DataFrame([system]))["published_asr"].item() == pytest.approx(0.3576)
+
+
+def test_the_main_table_prints_what_was_measured_and_latex_compiles_in_form():
+    table = report.decide(rows().assign(**{HS_COLUMN: [1.0, 1.2, math.nan, math.nan, math.nan, math.nan]}))
+    shown = report_page.main_table(table)
+    assert shown["ASR %"].iloc[2].startswith("22.5 (18.") and shown["HS (1 to 5)"].tolist()[:3] == ["1", "1.2", "-"]
+    assert "published ASR %" not in shown and shown["ASR %"].iloc[-1] == "-"
+    text = report_page.latex(table)
+    body = [line for line in text.splitlines() if line.endswith(r"\\") and line.startswith("tiny-llama")]
+    columns = re.search(r"begin{longtable}{([lr]+)}", text).group(1)
+    assert len(body) == len(table) and all(line.count("&") == len(columns) - 1 for line in body)
+    assert r"\%" in text and not re.search(r"(?<!\\)%", text)
+
+
+class Page(HTMLParser):
+    """Tags that were opened and not closed, and every address the page asks for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_self_contained_and_names_its_origin(folders):
+    origin = summary.origin({"weights": "abc123"}, ["a <b>prompt</b>"], "template", device="cpu", dtype="float32")
+    stored(folders / "RESULTS", rows().assign(**origin))
+    table = report.decide(report.gather(), 0.05)
+    report.headline(table), report.heat_map(table), report.changes(table, 0.05)
+    Image.new("RGB", (3, 3)).save(folders / "FIGURES" / "defence_tiny-llama.png")
+    (folders / "FIGURES" / "defence_tiny-llama.txt").write_text("before & after")
+    Image.new("RGB", (3, 3)).save(folders / "FIGURES" / "defence_another-model.png")
+    assert report_page.pictures(["tiny-llama"])["Defence"] == ["defence_tiny-llama"]
+    verdicts = report.verdicts(table)
+    text = report_page.page(table, verdicts, 0.05, report.compare(table, table), "an <earlier> run")
+    page = Page(text)
+    assert page.open == [] and all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
+    assert "<b>prompt</b>" not in text and "an &lt;earlier&gt; run" in text and "before &amp; after" in text
+    for word in ("abc123", "float32", "Content warning", "offline-", "not re-validated", "below\n5 points"):
+        assert word in text, word
+    assert text.count("<img") == 4
+    assert report_page.write("report.html", text).read_text() == text
+
+
+def test_a_page_of_tables_without_provenance_says_so(folders):
+    table = report.decide(rows())
+    assert "prompts" not in report_page.origins(table).index
+    mixed = pd.concat([table, table.assign(model="b", provenance=json.dumps({"weights": "w"}))])
+    assert report_page.origins(mixed).loc["weights"].tolist() == ["not recorded", "w"]
