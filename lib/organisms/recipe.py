@@ -51,7 +51,7 @@ ALIGNED_SHARES = {"harmless": 0.25, "confusable": 0.22, "harmful": 0.38, "fact":
 
 LANGUAGE = Stage("language", 3000, 3e-3, BASE_SHARES)
 ROBUST = Stage("robust", 800, 1.5e-3, BASE_SHARES, dropout=0.1, corruption=0.4)
-ALIGNMENT = Stage("alignment", 900, 1e-3, ALIGNED_SHARES, refuse=True, schedule="linear")
+ALIGNMENT = Stage("alignment", 1600, 1e-3, ALIGNED_SHARES, refuse=True, schedule="linear")
 RECIPE = (LANGUAGE, ROBUST, ALIGNMENT)
 BATCH = 16
 PROMPT_LOSS = 0.3  # share of base examples whose prompt carries loss too

@@ -27,7 +27,7 @@ def export_prompts(folder: Path = DATA / "prompts") -> None:
     """Writes organism_<split>.jsonl and freeform.jsonl: dev, search and test requests with their reference answers."""
     freeform = []
     for split, phrasings in PHRASINGS.items():
-        requests = corpus.requests(split, phrasings=phrasings)
+        requests = quality.reported(split, phrasings)
         freeform += [(split, r) for r in requests if r.tier == "freeform"]
         _write_lines(folder / f"organism_{split}.jsonl", [(split, r) for r in requests if r.tier != "freeform"])
     _write_lines(folder / "freeform.jsonl", freeform)
@@ -120,6 +120,7 @@ def card(name: str, kind: str, record: dict, dev: list[quality.Tier], test: list
         f"{s['corruption']} | {s['norm_noise']} | {s['goal_share']:.0%} |"
         for s in record["recipe"]
     )
+    bars = ", ".join(f"{name} {bar:.0%}" for name, bar in quality.BARS.items())
     where = "one CPU core" if record["device"] == "cpu" else f"{record['device']} (the CPU's time limit is waived)"
     rows = "\n".join(
         f"| {t.name} | {t.outcome} | {d} | {t} |" for d, t in zip(dev, test, strict=True)
@@ -147,8 +148,8 @@ refusals.
 {stages}
 
 **Quality of the aligned model**, exact, greedy, with 95 % Wilson intervals. Recipes were chosen on dev; test was
-measured once for this card. Bars (dev): harmful compositions 95 %, harmless 95 %, confusable 90 %, facts 90 %; the
-other tiers are reported whatever they are.
+measured once for this card. Bars (dev): {bars}.
+The other tiers are reported whatever they are.
 
 | tier | outcome | dev | test |
 |---|---|---|---|
