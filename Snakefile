@@ -2,9 +2,13 @@
 
 `lib.run` writes the plan (which jobs, with which parameters) and calls Snakemake in the results folder. A job runs again
 when its notebook or its parameters change; what its conditions need is decided by lib, which skips what is finished.
+
+On a cluster a job asks for as many GPUs as hold its model (APPROX_GPU_GIGABYTES: memory of one), for memory of the
+machine through which the weights pass, and for one GPU and half as much memory more on every further attempt.
 """
 
 import json
+import math
 import os
 import re
 import shlex
@@ -15,6 +19,23 @@ PLAN = config["plan"]
 JOBS = json.loads(Path(PLAN).read_text())["jobs"]
 EXECUTE = shlex.join([sys.executable, "-P", "-m", "lib.execute", PLAN])
 PARENT = os.getpid()
+GPU_GIGABYTES = float(os.environ.get("APPROX_GPU_GIGABYTES", 80))
+UNKNOWN_GIGABYTES = 40  # for a model whose size is not known beforehand
+
+
+def gpus(wildcards, attempt):
+    """None for a report, which reads tables."""
+    if "models" in JOBS[wildcards.job]["parameters"]:
+        return 0
+    return math.ceil((JOBS[wildcards.job]["gigabytes"] or UNKNOWN_GIGABYTES) / GPU_GIGABYTES) + attempt - 1
+
+
+def memory(wildcards, attempt):
+    """MB of the machine's memory: weights pass through it."""
+    size = JOBS[wildcards.job]["gigabytes"] or UNKNOWN_GIGABYTES
+    return int((16 + 2 * size) * 1000 * (1 + attempt) / 2)
+
+
 
 
 wildcard_constraints:
@@ -29,6 +50,9 @@ rule notebook:
         "{job}.ipynb",
     params:
         parameters=lambda wildcards: json.dumps(JOBS[wildcards.job]["parameters"], sort_keys=True),
+    resources:
+        mem_mb=memory,
+        gpu=gpus,
     log:
         "logs/{job}.log",
     shell:

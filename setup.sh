@@ -88,6 +88,10 @@ make_environment() {
     install -r "$root/requirements.txt"
     echo "set-up 3/3: this project"
     install --no-deps -e "$root"
+    # JupyterLab would ask at every first start whether it may fetch news.
+    mkdir -p "$venv/etc/jupyter/labconfig"
+    echo '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}' \
+        >"$venv/etc/jupyter/labconfig/page_config.json"
     stamp_of "$venv/bin/python" >"$venv/stamp"
     rm "$venv/unfinished"
 }

@@ -1,24 +1,41 @@
-"""Batched greedy replies, always with an attention mask.
+"""Batched greedy replies, always with an attention mask; in fp32 the tokens of `model.generate(do_sample=False)`.
 
-Prompts are sorted by length, padded on the left and decoded together; a row leaves the batch when its reply ends. For
-techniques defined per token the tokens are those of one-by-one generation with `model.generate(do_sample=False)`.
+Prompts are sorted by length, padded on the left and decoded together. What a batch's prompts begin with alike is read
+once; only the last position's logits are computed; a row leaves the batch when its reply ends. On one GPU decoding
+takes place in fixed shapes instead: a static key-value cache, and one step captured as a CUDA graph with whatever
+patches are on the model, then replayed. A capture is used only if every patch fired in it and its first replay gives
+the logits of an ordinary step; otherwise the ordinary step goes on.
+
+Tested here on a CPU: everything but `cuda_graph`, `fitting_rows` for a GPU and the back-off's real out-of-memory. No
+line that needs CUDA has been run by the authors.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import StaticLayer
 
-from lib.patching import first_non_finite
+from lib.anatomy import text_config
+from lib.patching import engaged, first_non_finite
 from lib.prompts import render
+
+log = logging.getLogger(__name__)
 
 CPU_BATCH, GPU_BATCH = 128, 64
 KEPT_SHARE = 0.9  # finished rows leave once fewer than this share goes on: leaving copies the key-value cache
+SHARED_PREFIX = 16  # tokens: a shorter common beginning is not worth a forward pass of its own
+WARM_UP = 3  # ordinary steps before a capture, in which libraries choose and load their kernels
+LOOK_EVERY = 8  # steps in fixed shapes between two looks at which rows have ended: each look waits for the GPU
+SAME_LOGITS = 0.01  # largest relative distance of a replayed step's logits from an ordinary step's (bf16 rounding)
+
+Replay = Callable[[], None]
 
 
 class NonFiniteError(ArithmeticError):
@@ -36,13 +53,16 @@ def generate(
 ) -> list[str]:
     """Greedy replies, one per prompt, special tokens removed.
 
-    batch_size: None chooses one for the device; out of GPU memory halves it. progress: label of a progress bar.
-    Raises NonFiniteError when the (patched) model computes NaN or infinity.
+    batch_size: None chooses one for the device and its free memory; out of memory halves it, which changes no reply.
+    Where a patch makes replies depend on the batch (noise, one step size per tensor), its size is never changed.
+    progress: label of a progress bar. Raises NonFiniteError when the (patched) model computes NaN or infinity.
     """
     texts, add_special_tokens = render(tokenizer, prompts, protocol)
     encoded = [tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"] for text in texts]
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
-    size = batch_size or (CPU_BATCH if model.device.type == "cpu" else GPU_BATCH)
+    free = batch_is_free(model)
+    longest = max(map(len, encoded), default=0) + max_new_tokens
+    size = batch_size or (fitting_rows(model, longest) if free else default_rows(model))
     replies: list[str] = [""] * len(encoded)
     with tqdm(total=len(order), desc=progress, disable=progress is None, leave=False) as bar:
         while order:
@@ -52,6 +72,9 @@ def generate(
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
+                if not free:
+                    advice = f"and replies depend on the batch: choose a batch_size below {size}"
+                    raise torch.OutOfMemoryError(f"out of GPU memory, {advice}") from None
                 torch.cuda.empty_cache()
                 size //= 2
                 continue
@@ -60,6 +83,30 @@ def generate(
             order = rest
             bar.update(len(rows))
     return replies
+
+
+def batch_is_free(model: PreTrainedModel) -> bool:
+    """Whether a reply is the same in every batch: not so under noise or quantization of a whole tensor at once."""
+    return all(technique is None or technique.per_token for technique, _ in engaged(model))
+
+
+def default_rows(model: PreTrainedModel) -> int:
+    """The batch size of a device, whatever its memory."""
+    return CPU_BATCH if model.device.type == "cpu" else GPU_BATCH
+
+
+def fitting_rows(model: PreTrainedModel, length: int) -> int:
+    """At most `default_rows`: as many sequences of `length` tokens as fill a quarter of the GPU's free memory with keys
+    and values; the rest is for copies of them (heads repeated, attention probabilities)."""
+    if model.device.type != "cuda":
+        return default_rows(model)
+    config, element = text_config(model), torch.finfo(model.dtype).bits // 8
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * head * element * length
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free = torch.cuda.mem_get_info(model.device)[0] + unused
+    return max(1, min(default_rows(model), int(free / 4 / row)))
 
 
 def pad_left(rows: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
@@ -78,32 +125,102 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
 
 
 @torch.inference_mode()
-def greedy(model: PreTrainedModel, batch: dict[str, Tensor], max_new_tokens: int) -> list[list[int]]:
-    """The most likely continuation of each left-padded row, up to `max_new_tokens` or an end token (not included)."""
+def greedy(
+    model: PreTrainedModel, batch: dict[str, Tensor], max_new_tokens: int, fixed_shapes: bool | None = None
+) -> list[list[int]]:
+    """The most likely continuation of each left-padded row, up to `max_new_tokens` or an end token (not included).
+
+    fixed_shapes: decode in place, as on a GPU; None: where `capturable` says so. Raises NonFiniteError.
+    """
+    if fixed_shapes is None:
+        fixed_shapes = model.device.type == "cuda" and capturable(model)
+    replies = _continued(model, batch, max_new_tokens, fixed_shapes)
+    if replies is None:
+        raise non_finite(model, batch, lambda: _continued(model, batch, max_new_tokens, fixed_shapes=False))
+    ends = set(end_tokens(model))
+    lengths = [next((i for i, token in enumerate(reply) if token in ends), len(reply)) for reply in replies]
+    return [reply[:length] for reply, length in zip(replies, lengths, strict=True)]
+
+
+def _continued(
+    model: PreTrainedModel, batch: dict[str, Tensor], max_new_tokens: int, fixed_shapes: bool
+) -> list[list[int]] | None:
+    """Replies with what may follow their end token; None for logits that are not finite."""
+    cache = DynamicCache() if fixed_shapes else DynamicCache(config=model.config)
+    mask, positions, logits = read_prompts(model, batch, cache)
+    if not torch.isfinite(logits).all():
+        return None
+    decode = decode_in_place if fixed_shapes else decode_shrinking
+    return decode(model, cache, mask, positions[:, -1:] + 1, logits.argmax(-1, keepdim=True), max_new_tokens)
+
+
+def read_prompts(model: PreTrainedModel, batch: dict[str, Tensor], cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills the cache; returns (mask of what it holds [batch, slots], positions [batch, new], last logits).
+
+    A common beginning is read once and copied to every row; then padding stands behind it, in the middle of a row.
+    """
     ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-    ends = torch.tensor(end_tokens(model), device=model.device)
-    replies: list[list[int]] = [[] for _ in range(len(ids))]
-    rows, going = list(range(len(ids))), torch.ones(len(ids), dtype=torch.bool, device=model.device)
-    cache = DynamicCache(config=model.config)
-    tokens, positions = ids, (mask.cumsum(-1) - 1).clamp(min=0)
-    for _ in range(max_new_tokens):
-        logits = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        if not torch.isfinite(logits).all():
-            raise non_finite(model, batch)
-        tokens = logits.argmax(-1, keepdim=True)
+    prefix = shared_prefix(model, batch)
+    if prefix:
+        row = torch.tensor([prefix], device=model.device)
+        run(model, row, torch.ones_like(row), torch.arange(len(prefix), device=model.device)[None], cache)
+        cache.batch_repeat_interleave(len(ids))
+        rows = [line[real.bool()].tolist()[len(prefix) :] for line, real in zip(ids, mask, strict=True)]
+        rest = pad_left(rows, 0)
+        ids, mask = rest["input_ids"].to(ids.device), rest["attention_mask"].to(ids.device)
+        mask = torch.cat([mask.new_ones(len(ids), len(prefix)), mask], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(prefix) :]
+    return mask, positions, run(model, ids, mask, positions, cache)
+
+
+def shared_prefix(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[int]:
+    """Tokens with which all prompts begin, if they may be read apart: none where windows slide over the padding behind
+    them, or where a patch looks at whole prompts or batches, or observes. Two tokens of every prompt are left."""
+    whole = any(technique is None or technique.whole_prompt for technique, _ in engaged(model))
+    if whole or not batch_is_free(model) or not attends_fully(model):
+        return []
+    pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    rows = [line[real.bool()].tolist() for line, real in pairs]
+    longest = min(map(len, rows)) - 2
+    common = next((i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), longest)
+    return rows[0][: min(common, longest)] if len(rows) > 1 and min(common, longest) >= SHARED_PREFIX else []
+
+
+def attends_fully(model: PreTrainedModel) -> bool:
+    """Whether every layer of the model looks at all earlier tokens: no sliding windows, no recurrence."""
+    kinds = getattr(text_config(model), "layer_types", None) or ["full_attention"]
+    return set(kinds) == {"full_attention"} and not any(DynamicCache(config=model.config).is_sliding)
+
+
+def run(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    """Logits of the last position [batch, vocabulary]."""
+    return model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+
+
+def decode_shrinking(
+    model: PreTrainedModel, cache: Cache, mask: Tensor, positions: Tensor, tokens: Tensor, max_new_tokens: int
+) -> list[list[int]] | None:
+    """Replies from the first token [batch, 1] on; finished rows leave the batch. None: logits that are not finite."""
+    ends = torch.tensor(end_tokens(model), device=tokens.device)
+    replies: list[list[int]] = [[] for _ in range(len(tokens))]
+    rows, going = list(range(len(tokens))), torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    for step in range(max_new_tokens):
+        if step:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = run(model, tokens, mask, positions, cache)
+            if not torch.isfinite(logits).all():
+                return None
+            tokens, positions = logits.argmax(-1, keepdim=True), positions + 1
         going &= ~torch.isin(tokens[:, 0], ends)
-        for row, token, goes in zip(rows, tokens[:, 0].tolist(), going.tolist(), strict=True):
-            if goes:
-                replies[row].append(token)
-        positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
+            replies[row].append(token)
         kept = going.nonzero().flatten()
         if not len(kept):
             break
@@ -114,10 +231,123 @@ def greedy(model: PreTrainedModel, batch: dict[str, Tensor], max_new_tokens: int
     return replies
 
 
-def non_finite(model: PreTrainedModel, batch: dict[str, Tensor]) -> NonFiniteError:
-    """The error that names where NaN or infinity first appears, found by one more pass over the prompt."""
-    place = first_non_finite(model, {key: value.to(model.device) for key, value in batch.items()})
-    where = f"first at layer {place[0]}, site {place[1]}" if place else "while decoding, after a finite prompt"
+def capturable(model: PreTrainedModel) -> bool:
+    """Whether a decoding step is the same work every time: one device, no noise (whose draws a replay would repeat), no
+    experts (which are chosen by number), attention over keys and values only."""
+    config = text_config(model)
+    experts = any(getattr(config, name, None) for name in ("num_local_experts", "num_experts"))
+    several = len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1
+    kinds = set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
+    return batch_is_free(model) and kinds and not experts and not several
+
+
+class FixedShapes:
+    """A batch whose every tensor stays in place while it is decoded, so that one step can be captured and replayed.
+
+    Sliding windows are left to the mask, so that every layer's cache has the same full shape. The mask shows slots that
+    are still empty too: causality hides them. tokens, positions [batch, 1]; replies [batch, max_new_tokens].
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cache: Cache, mask: Tensor, positions: Tensor, tokens: Tensor, max_new_tokens: int
+    ) -> None:
+        self.model, self.positions, self.tokens = model, positions, tokens
+        self.layers: list[Any] = [fixed_layer(layer, max_new_tokens) for layer in cache.layers]
+        self.cache = Cache(layers=self.layers)
+        self.mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], dim=1)
+        self.replies = tokens.repeat(1, max_new_tokens)
+        self.written = tokens.new_zeros(1)
+        self.finite = torch.ones((), dtype=torch.bool, device=tokens.device)
+        self.logits = tokens.new_empty(0)
+
+    def step(self) -> None:
+        """Decodes one token per row. Nothing here waits for the device."""
+        self.logits = run(self.model, self.tokens, self.mask, self.positions, self.cache)
+        self.finite.logical_and_(torch.isfinite(self.logits).all())
+        self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
+        self.positions.add_(1)
+        self.written.add_(1)
+        self.replies.index_copy_(1, self.written, self.tokens)
+
+    def back(self, tokens: Tensor) -> None:
+        """Undoes a step that began with `tokens`; the slot it filled is filled anew by the next."""
+        self.tokens.copy_(tokens)
+        self.positions.sub_(1)
+        self.written.sub_(1)
+        for layer in self.layers:
+            layer.cumulative_length.sub_(1)
+
+
+def fixed_layer(layer: Any, room: int) -> StaticLayer:
+    """A layer's keys and values with room for more; the layer gives up its own."""
+    fixed = StaticLayer(layer.keys.shape[2] + room)
+    fixed.update(layer.keys, layer.values)
+    layer.keys = layer.values = None
+    return fixed
+
+
+def cuda_graph(batch: FixedShapes) -> Replay:
+    """One step as a CUDA graph. Not run by the authors."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batch.step()
+    return graph.replay
+
+
+def checked(capture: Callable[[FixedShapes], Replay], batch: FixedShapes) -> Replay:
+    """Takes one step; returns the captured one, or the ordinary one where the capture fails or is not the same."""
+    every = [hits for _, hits in engaged(batch.model)]
+    counts, before, done = [hits.counts.copy() for hits in every], batch.tokens.clone(), int(batch.written)
+    try:
+        replay = capture(batch)
+        for old, hits in zip(counts, every, strict=True):
+            if unfired := sorted(place for place, count in hits.counts.items() if count == old[place]):
+                raise RuntimeError(f"patches that did not fire: {unfired[:3]}")
+        replay()
+        replayed = batch.logits.clone()
+        batch.back(before)
+        batch.step()
+        if torch.dist(replayed, batch.logits) > SAME_LOGITS * batch.logits.norm():
+            raise RuntimeError("a replayed step gives other logits")
+    except RuntimeError as error:
+        log.warning("decoding without a captured step: %s", str(error).splitlines()[0])
+        if int(batch.written) == done:
+            batch.step()
+        return batch.step
+    return replay
+
+
+def decode_in_place(
+    model: PreTrainedModel,
+    cache: Cache,
+    mask: Tensor,
+    positions: Tensor,
+    tokens: Tensor,
+    max_new_tokens: int,
+    capture: Callable[[FixedShapes], Replay] | None = None,
+) -> list[list[int]] | None:
+    """As `decode_shrinking`, but all rows stay to the end. capture: None stands for `cuda_graph` on a GPU."""
+    capture = capture or (cuda_graph if model.device.type == "cuda" else None)
+    ends = torch.tensor(end_tokens(model), device=tokens.device)
+    batch = FixedShapes(model, cache, mask, positions, tokens, max_new_tokens)
+    replay: Replay = batch.step
+    for number in range(1, max_new_tokens):
+        if capture and number == WARM_UP + 1:
+            replay = checked(capture, batch)
+        else:
+            replay()
+        if number % LOOK_EVERY == 0 and torch.isin(batch.replies[:, : number + 1], ends).any(1).all():
+            break
+    return batch.replies[:, : int(batch.written) + 1].tolist() if batch.finite else None
+
+
+def non_finite(
+    model: PreTrainedModel, batch: dict[str, Tensor], again: Callable[[], Any] | None = None
+) -> NonFiniteError:
+    """The error that names where NaN or infinity first appears in a second run: `again`, or one pass over the batch."""
+    inputs = {key: value.to(model.device) for key, value in batch.items()}
+    place = first_non_finite(model, again or (lambda: model(**inputs)))
+    where = f"first at layer {place[0]}, site {place[1]}" if place else "but not in a second run"
     return NonFiniteError(f"logits are NaN or infinite, {where}")
 
 

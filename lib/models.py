@@ -6,11 +6,13 @@ alone (kernels differ by about 1e-6, and Gemma-2 loses its soft-capping under ot
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +27,7 @@ from lib.registry import (
     names,
     organisms,
     resolve,
+    revision_of,
     verify,
 )
 
@@ -32,6 +35,8 @@ __all__ = ["REGISTRY", "Entry", "ModelError", "base_of", "best_device", "best_dt
            "organisms", "resolve", "verify", "weights_hash"]
 
 log = logging.getLogger(__name__)
+
+ROOM = 0.9  # share of the free memory that weights may take; the rest is for activations and keys and values
 
 
 def best_device(device: str = "auto") -> str:
@@ -53,6 +58,41 @@ def best_dtype(dtype: str, device: str) -> torch.dtype:
     return known[dtype]
 
 
+def weight_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a model with this configuration, counted without making them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return sum(parameter.numel() for parameter in model.parameters()) * torch.finfo(dtype).bits // 8
+
+
+def free_bytes(device: str) -> list[int]:
+    """Free memory of this machine, or of every GPU that a model on `device` may use (not run on one by the authors)."""
+    if not device.startswith("cuda"):
+        return [psutil.virtual_memory().available]
+    gpus = range(torch.cuda.device_count()) if device == "cuda" else [torch.device(device).index]
+    return [torch.cuda.mem_get_info(gpu)[0] for gpu in gpus]
+
+
+def check_memory(name: str, config: Any, device: str, dtype: torch.dtype) -> bool:
+    """Whether the weights must be spread over several GPUs; ModelError, before any is fetched, if they fit nowhere.
+
+    Models whose code is not in Transformers are not checked: they are counted by making them.
+    """
+    if getattr(config, "auto_map", None):
+        return device == "cuda" and torch.cuda.device_count() > 1
+    need, free = weight_bytes(config, dtype), free_bytes(device)
+    if need <= ROOM * free[0]:
+        return False
+    if need <= ROOM * sum(free):
+        return True
+    kind = str(dtype).removeprefix("torch.")
+    needs = f"{name}: its weights need {need / 1e9:.0f} GB in {kind} and {{}} {sum(free) / 1e9:.0f} GB free"
+    if device.startswith("cuda"):
+        raise ModelError(f"{needs.format('the GPUs have' if len(free) > 1 else 'the GPU has')}; use more GPUs"
+                         " or a smaller model")
+    raise ModelError(f"{needs.format('this machine has')}; use a GPU or a smaller model")
+
+
 def load(
     name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, attention: str = "eager"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -64,16 +104,17 @@ def load(
     if Path(where).is_dir():
         verify(Path(where))
     device = best_device(device)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision_of(name)}
     try:
         config = AutoConfig.from_pretrained(where, **options)
+        spread = check_memory(name, config, device, best_dtype(dtype, device))
         model = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
             dtype=best_dtype(dtype, device),
             attn_implementation=attention,
             use_safetensors=True,
-            device_map="auto" if device == "cuda" and torch.cuda.device_count() > 1 else None,
+            device_map="auto" if spread else None,
             **({"experts_implementation": "eager"} if hasattr(config, "num_local_experts") else {}),
             **options,
         )

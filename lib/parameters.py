@@ -68,6 +68,8 @@ class Setting:
             raise UsageError(f"--set {text}: write it as name=value")
         if name in ("model", "models"):
             raise UsageError(f"--set {text}: choose models with --models")
+        if name == "prompt_set" and Path(value).is_file():  # notebooks run in their own folder
+            value = str(Path(value).resolve())
         return cls(name, value, f"--set {text}")
 
 

@@ -338,10 +338,27 @@ def _engage_function(patch: _Patch, edits: dict[nn.Module, dict[str, Callable]],
     model = patch.model
     before, switch = getattr(model.config, f"_{kind}_implementation"), getattr(model, f"set_{kind}_implementation")
     for module, functions in edits.items():
-        setattr(module, ATTRIBUTE, (functions, patch))
-        patch.undo.callback(delattr, module, ATTRIBUTE)
+        patch.undo.callback(_restore, module, getattr(module, ATTRIBUTE, None))
+        setattr(module, ATTRIBUTE, (_stacked(_edits_of(module)[0], functions), patch))
     patch.undo.callback(switch, before)
     switch(NAME)
+
+
+def _restore(module: nn.Module, before: Any) -> None:
+    """Gives a module back the edits it had, those of a patch around this one."""
+    delattr(module, ATTRIBUTE)
+    if before is not None:
+        setattr(module, ATTRIBUTE, before)
+
+
+def _stacked(outer: dict[str, Callable], inner: dict[str, Callable]) -> dict[str, Callable]:
+    """The edits of two patches, one engaged within the other: at a common site the inner edits what the outer gives."""
+
+    def one_after_the_other(first: Callable, then: Callable) -> Callable:
+        return lambda x, step: then(first(x, step), step)
+
+    common = (outer.keys() & inner.keys()) - set(OPERATIONS)
+    return {**outer, **inner, **{site: one_after_the_other(outer[site], inner[site]) for site in common}}
 
 
 def _edits_of(module: Any) -> tuple[dict[str, Callable], Any]:

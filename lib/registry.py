@@ -4,6 +4,7 @@ ten LLMs, Gemma, any folder or hub id. `lib.models` loads what is named here."""
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from lib.paths import ORGANISMS
 
 @dataclass(frozen=True)
 class Entry:
-    """A known model. gigabytes: weights at 16 bits. alpha: SmoothQuant's for its family. system: has a system role.
+    """A known model. revision: the hub's commit that is loaded. gigabytes: weights at 16 bits. system: whether the chat
+    template takes a system turn. alpha: SmoothQuant's for its family.
 
     gaussian_range: largest std of the paper's norm-noise curve for this model, None where it shows none.
+    Licences, gating and templates are the hub's as the authors remember them, to be checked when a model is fetched.
     """
 
     hub: str
+    revision: str
     licence: str
     gated: bool
     gigabytes: float
@@ -26,20 +30,51 @@ class Entry:
     gaussian_range: float | None = None
 
 
+META, APACHE = "meta-llama", "Apache-2.0"
 REGISTRY: dict[str, Entry] = {
-    "llama-2-7b": Entry("meta-llama/Llama-2-7b-chat-hf", "Llama 2", True, 13.5, True, 0.85, 0.09),
-    "llama-2-13b": Entry("meta-llama/Llama-2-13b-chat-hf", "Llama 2", True, 26.0, True, 0.85, 0.09),
-    "llama-3.1-8b": Entry("meta-llama/Llama-3.1-8B-Instruct", "Llama 3.1", True, 16.1, True, 0.85, 0.15),
-    "phi-3-mini": Entry("microsoft/Phi-3-mini-4k-instruct", "MIT", False, 7.6, True, 0.85, 0.08),
-    "phi-3.5-mini": Entry("microsoft/Phi-3.5-mini-instruct", "MIT", False, 7.6, True, 0.85, 0.07),
-    "mistral-7b": Entry("mistralai/Mistral-7B-Instruct-v0.3", "Apache-2.0", True, 14.5, True, 0.80, 0.40),
-    "mixtral-8x7b": Entry("mistralai/Mixtral-8x7B-Instruct-v0.1", "Apache-2.0", True, 93.4, False, 0.80, 0.80),
-    "zephyr-7b": Entry("HuggingFaceH4/zephyr-7b-beta", "MIT", False, 14.5, True, 0.80, 0.50),
-    "qwen2-7b": Entry("Qwen/Qwen2-7B-Instruct", "Apache-2.0", False, 15.2, True, 0.85, 0.58),
-    "qwen2.5-32b": Entry("Qwen/Qwen2.5-32B-Instruct", "Apache-2.0", False, 65.5, True, 0.85, 0.40),
-    "gemma-2-2b": Entry("google/gemma-2-2b-it", "Gemma", True, 5.2, False),
-    "gemma-2-9b": Entry("google/gemma-2-9b-it", "Gemma", True, 18.5, False),
-    "gemma-3-1b": Entry("google/gemma-3-1b-it", "Gemma", True, 2.0, True),
+    "llama-2-7b": Entry(
+        f"{META}/Llama-2-7b-chat-hf", "f5db02db724555f92da89c216ac04704f23d4590",
+        "Llama 2", True, 13.5, True, 0.85, 0.09,
+    ),
+    "llama-2-13b": Entry(
+        f"{META}/Llama-2-13b-chat-hf", "a2cb7a712bb6e5e736ca7f8cd98167f81a0b5bd8",
+        "Llama 2", True, 26.0, True, 0.85, 0.09,
+    ),
+    "llama-3.1-8b": Entry(
+        f"{META}/Llama-3.1-8B-Instruct", "0e9e39f249a16976918f6564b8830bc894c89659",
+        "Llama 3.1", True, 16.1, True, 0.85, 0.15,
+    ),
+    "phi-3-mini": Entry(
+        "microsoft/Phi-3-mini-4k-instruct", "0a67737cc96d2554230f90338b163bc6380a2a85",
+        "MIT", False, 7.6, True, 0.85, 0.08,
+    ),
+    "phi-3.5-mini": Entry(
+        "microsoft/Phi-3.5-mini-instruct", "2fe192450127e6a83f7441aef6e3ca586c338b77",
+        "MIT", False, 7.6, True, 0.85, 0.07,
+    ),
+    "mistral-7b": Entry(
+        "mistralai/Mistral-7B-Instruct-v0.3", "c170c708c41dac9275d15a8fff4eca08d52bab71",
+        APACHE, True, 14.5, True, 0.80, 0.40,
+    ),
+    "mixtral-8x7b": Entry(
+        "mistralai/Mixtral-8x7B-Instruct-v0.1", "eba92302a2861cdc0098cc54bc9f17cb2c47eb61",
+        APACHE, True, 93.4, False, 0.80, 0.80,
+    ),
+    "zephyr-7b": Entry(
+        "HuggingFaceH4/zephyr-7b-beta", "892b3d7a7b1cf10c7a701c60881cd93df615734c", "MIT", False, 14.5, True, 0.80, 0.50
+    ),
+    "qwen2-7b": Entry(
+        "Qwen/Qwen2-7B-Instruct", "f2826a00ceef68f0f2b946d945ecc0477ce4450c", APACHE, False, 15.2, True, 0.85, 0.58
+    ),
+    "qwen2.5-32b": Entry(
+        "Qwen/Qwen2.5-32B-Instruct", "5ede1c97bbab6ce5cda5812749b4c0bdf79b18dd", APACHE, False, 65.5, True, 0.85, 0.40
+    ),
+    "gemma-2-2b": Entry("google/gemma-2-2b-it", "299a8560bedf22ed1c72a8a11e7dce4a7f9f51f8", "Gemma", True, 5.2, False),
+    "gemma-2-9b": Entry("google/gemma-2-9b-it", "11c9b309abf73637e4b6f9a3fa1e92e615547819", "Gemma", True, 18.5, False),
+    "gemma-3-1b": Entry("google/gemma-3-1b-it", "dcc83ea841ab6100d6b47a070329e1ba4cf78752", "Gemma", True, 2.0, True),
+    "gemma-3-270m": Entry(
+        "google/gemma-3-270m-it", "ac82b4e820549b854eebf28ce6dedaf9fdfa17b3", "Gemma", True, 0.54, True
+    ),
 }
 
 
@@ -74,6 +109,28 @@ def resolve(name: str) -> str:
     raise ModelError(f"unknown model {name!r}; choose one of {known}, a folder with config.json, or a hub id")
 
 
+def revision_of(name: str) -> str | None:
+    """The hub's commit that is loaded for a registered model; None, the newest, for others."""
+    return REGISTRY[name].revision if name in REGISTRY and not (ORGANISMS / name).is_dir() else None
+
+
+def gigabytes(name: str) -> float | None:
+    """Size of a model's weights at 16 bits: registered, on disk, or by its hub id ("70B"); None if it does not say."""
+    where = resolve(name)
+    if Path(where).is_dir():
+        return sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) / 1e9
+    if name in REGISTRY:
+        return REGISTRY[name].gigabytes
+    sizes = re.findall(r"(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z])", where.split("/")[1].lower())
+    billions = [float(times or 1) * float(size) * {"b": 1, "m": 1e-3}[unit] for times, size, unit in sizes]
+    return 2 * billions[0] if billions else None
+
+
+def smoothing_alpha(name: str) -> float:
+    """SmoothQuant's migration strength for a model: its registered one, else what is customary for Llama."""
+    return REGISTRY[name].alpha if name in REGISTRY else Entry.alpha
+
+
 def base_of(name: str) -> str | None:
     """An organism's model before alignment, in the folder beside it, a neutral judge of fluency; None for others."""
     return f"{name}-base" if Path(f"{resolve(name)}-base", "config.json").is_file() else None
@@ -105,7 +162,8 @@ def explain(name: str, where: str, error: Exception) -> str:
         return f"{name}: {where} is gated; accept its licence on the hub, then run 'hf auth login' or set HF_TOKEN"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return f"{name}: no model {where!r} on the hub (or it is private and no token is set); check the spelling"
-    if not Path(where).is_dir() and ("connect" in str(error).lower() or "cached" in str(error).lower()):
+    unreachable = isinstance(error, ConnectionError) or re.search("connect|cached", str(error).lower())
+    if not Path(where).is_dir() and unreachable:
         return f"{name}: {where} is not in the local cache and the model hub cannot be reached; check the network"
     return f"{name}: cannot load {where}: {str(error).strip().splitlines()[0]}"
 

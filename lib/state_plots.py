@@ -95,7 +95,9 @@ def one_prompt(
     right.set(xlabel="layer", ylabel="share of the gap")
     right.xaxis.set_major_locator(figures.MaxNLocator(8, integer=True))
     entries = {s.label: figures.line(**s.keywords() | {"linestyle": "none"}) for s in kinds}
-    figures.legend(figure, entries | {"this request, exact": figures.line(color="black", marker="*", linestyle="none")})
+    entries |= {"this request, exact": figures.line(color="black", marker="*", linestyle="none")}
+    entries |= {"approximated": figures.line(color="black", marker=r"$\rightarrow$", linestyle="none", markersize=8)}
+    figures.legend(figure, entries)
     return figure
 
 

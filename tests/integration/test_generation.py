@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib.generation import NonFiniteError, greedy, pad_left
-from lib.patching import approximated
+from lib import generation
+from lib.approximations import Technique, make
+from lib.generation import (
+    FixedShapes,
+    NonFiniteError,
+    capturable,
+    decode_in_place,
+    generate,
+    greedy,
+    pad_left,
+    shared_prefix,
+)
+from lib.patching import approximated, observed
 from tests.families import CONFIGS, random_model
 from tests.integration.test_patching import Scale
 
@@ -54,3 +71,211 @@ def test_non_finite_logits_name_layer_and_site():
         NonFiniteError, match="layer 1, site mlp_mid"
     ):
         greedy(model, pad_left(ROWS, 0), 4)
+
+
+@dataclass(frozen=True)
+class LateOverflow(Technique):
+    """Infinite mlp_mid from the n-th forward pass of a run on: finite while the prompt is read."""
+
+    name: ClassVar[str] = "late-overflow"
+    category: ClassVar[str] = "test"
+    new_tokens: int = 3
+
+    @property
+    def sites(self):
+        return ("mlp_mid",)
+
+    def transform(self, site, layer, state):
+        decoded = 0
+
+        def overflow(x, step):
+            nonlocal decoded
+            decoded = 0 if step.prefill else decoded + 1
+            return x * torch.inf if decoded == self.new_tokens else x
+
+        return overflow
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_numbers_that_overflow_only_while_decoding_name_layer_and_site(fixed_shapes):
+    model = random_model("llama")
+    with approximated(model, LateOverflow(), layers=[1]):
+        assert all(len(row) == 3 for row in greedy(model, pad_left(ROWS, 0), 3, fixed_shapes))
+        with pytest.raises(NonFiniteError, match="layer 1, site mlp_mid"):
+            greedy(model, pad_left(ROWS, 0), 8, fixed_shapes)
+
+
+SHARED = [7, 3, 19, 22, 5, 81, 13, 40, 41, 42, 9, 9, 30, 77, 6, 50, 51, 52]
+TELLING = [[*SHARED, *row] for row in ROWS]
+
+
+def eager_capture(batch: FixedShapes):
+    """Stands in for a CUDA graph: runs the step as a capture does its Python code, and leaves no trace of it."""
+    before = batch.tokens.clone()
+    batch.step()
+    batch.back(before)
+    return batch.step
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_shared_beginning_is_read_once_and_changes_nothing(family):
+    model, batch = random_model(family), pad_left(TELLING, 0)
+    shared = shared_prefix(model, batch)
+    assert shared == ([] if family in ("mistral", "gemma2", "gemma3") else SHARED)
+    with observed(model, ["attn_in"], lambda *_: None):
+        assert shared_prefix(model, batch) == []
+    with token_counter(model) as read:
+        replies = greedy(model, batch, 6)
+    longest = max(map(len, TELLING))
+    assert read[0] == (len(SHARED) if shared else len(ROWS) * longest)
+    assert replies == [reference(model, row, 6) for row in TELLING]
+
+
+@contextmanager
+def token_counter(model):
+    """Tokens of each forward pass, padding included."""
+    read: list[int] = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    yield read
+    handle.remove()
+
+
+def test_two_tokens_of_every_prompt_are_not_shared():
+    model = random_model("llama")
+    rows = [[*SHARED, 4], [*SHARED, 4, 5, 6]]
+    assert shared_prefix(model, pad_left(rows, 0)) == SHARED[:-1]
+    assert shared_prefix(model, pad_left(rows[:1], 0)) == []
+    assert shared_prefix(model, pad_left([[5], [*SHARED]], 0)) == []
+
+
+@pytest.mark.parametrize(
+    "technique, shares",
+    [
+        (make("smoothquant", bits=6, smooth=False), True),
+        (make("smoothquant", bits=6, smooth=False, per="tensor"), False),
+        (make("gaussian"), False),
+        (make("teal", thresholds="paper"), False),
+        (make("teal", thresholds="paper", prompt="all"), True),
+    ],
+)
+def test_what_looks_at_whole_prompts_or_batches_shares_nothing(technique, shares):
+    model, batch = random_model("llama"), pad_left(TELLING, 0)
+    with approximated(model, technique):
+        assert bool(shared_prefix(model, batch)) == shares
+        replies = greedy(model, batch, 6)
+        if technique.per_token:
+            assert replies == [greedy(model, pad_left([row], 0), 6)[0] for row in TELLING]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_fixed_shapes_give_the_same_tokens(family):
+    model, batch = random_model(family), pad_left(ROWS, 0)
+    assert greedy(model, batch, 10, fixed_shapes=True) == [reference(model, row, 10) for row in ROWS]
+    with approximated(model, Scale(1.4, ("mlp_in.up", "attn_out"))):
+        assert greedy(model, batch, 10, fixed_shapes=True) == greedy(model, batch, 10)
+
+
+@pytest.mark.parametrize("technique", [None, make("bolt"), make("teal", thresholds="paper")], ids=str)
+def test_a_captured_step_is_checked_and_replayed(technique, monkeypatch, caplog):
+    model, batch = random_model("qwen3"), pad_left(TELLING, 0)
+    with approximated(model, technique) if technique else nullcontext():
+        expected = greedy(model, batch, 16)
+        monkeypatch.setattr(generation, "decode_in_place", partial(decode_in_place, capture=eager_capture))
+        assert greedy(model, batch, 16, fixed_shapes=True) == expected
+    assert not caplog.records
+
+
+def failing(batch: FixedShapes):
+    raise RuntimeError("this stream cannot be captured")
+
+
+def silent(batch: FixedShapes):
+    return batch.step
+
+
+def wrong(batch: FixedShapes):
+    replay = eager_capture(batch)
+
+    def damaged():
+        batch.positions.add_(5)
+        replay()
+        batch.positions.sub_(5)
+
+    return damaged
+
+
+@pytest.mark.parametrize(
+    "capture, reason", [(failing, "cannot be captured"), (silent, "did not fire"), (wrong, "other logits")]
+)
+def test_a_capture_that_is_not_the_same_is_not_used(capture, reason, monkeypatch, caplog):
+    model, batch = random_model("llama"), pad_left(ROWS, 0)
+    with approximated(model, make("bolt")):
+        expected = greedy(model, batch, 16)
+        monkeypatch.setattr(generation, "decode_in_place", partial(decode_in_place, capture=capture))
+        assert greedy(model, batch, 16, fixed_shapes=True) == expected
+    assert reason in caplog.text
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a step would wait for the device: what a CUDA graph cannot hold."""
+
+    WAITING = frozenset({"_local_scalar_dense", "is_nonzero", "item", "nonzero", "equal", "unique"})
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in self.WAITING, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family != "mixtral"])
+def test_a_step_in_fixed_shapes_never_waits(family, monkeypatch, caplog):
+    def capture(batch: FixedShapes):
+        with NoWaiting():
+            return eager_capture(batch)
+
+    monkeypatch.setattr(generation, "decode_in_place", partial(decode_in_place, capture=capture))
+    model = random_model(family)
+    assert capturable(model)
+    for technique in (make("bolt"), make("iron"), make("teal", thresholds="paper")):
+        with approximated(model, technique):
+            greedy(model, pad_left(ROWS, 0), 6, fixed_shapes=True)
+    assert not caplog.records
+
+
+def test_experts_and_noise_are_not_captured():
+    assert not capturable(random_model("mixtral"))
+    model = random_model("llama")
+    with approximated(model, make("gaussian")):
+        assert not capturable(model)
+
+
+class Numbers:
+    """A tokenizer for prompts of numbers, in the way `generate` uses one."""
+
+    pad_token_id, chat_template = 0, None
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def batch_decode(self, rows, skip_special_tokens=True):
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(monkeypatch):
+    model, sizes = random_model("llama"), []
+    texts = [" ".join(map(str, row)) for row in ROWS]
+    monkeypatch.setattr(generation, "render", lambda tokenizer, prompts, protocol: (prompts, False))
+    expected = generate(model, Numbers(), texts, 8)
+
+    def scarce(model, batch, *rest):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return greedy(model, batch, *rest)
+
+    monkeypatch.setattr(generation, "greedy", scarce)
+    assert generate(model, Numbers(), texts, 8, batch_size=4) == expected
+    assert sizes == [4, 2, 1, 1, 1, 1]
+    with approximated(model, make("gaussian")), pytest.raises(torch.OutOfMemoryError, match="batch_size below 4"):
+        generate(model, Numbers(), texts, 8, batch_size=4)

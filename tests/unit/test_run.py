@@ -10,7 +10,7 @@ import papermill
 import pytest
 
 from lib import registry, run, workflow
-from lib.parameters import convert, read_notebook, read_parameters
+from lib.parameters import Setting, convert, read_notebook, read_parameters
 from lib.paths import ROOT
 from lib.processes import Locked, lock
 
@@ -264,3 +264,10 @@ def test_a_lock_has_one_holder(tmp_path: Path) -> None:
         pass
     with lock(tmp_path / "held", wait=0):
         pass
+
+
+def test_a_prompt_file_is_found_from_where_the_command_was_typed(tmp_path, monkeypatch):
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    assert Setting.parse("prompt_set=mine.jsonl").text == str(tmp_path / "mine.jsonl")
+    assert Setting.parse("prompt_set=advbench").text == "advbench"

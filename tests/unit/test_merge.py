@@ -1,0 +1,74 @@
+"""Results of another machine: a union of files, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lib import run
+from lib.merge import MergeError, merge
+from lib.results import Store
+
+
+def fill(folder: Path, model: str, keys: list[str], note: str = "") -> Path:
+    store = Store(folder / model)
+    for key in keys:
+        store.write_table("replies", key, pd.DataFrame({"id": [key], "reply": ["..."]}))
+        store.write_record(key, {"key": key})
+    store.write_table("tables", "02_sparsification", pd.DataFrame({"note": [note]}))
+    return folder
+
+
+def test_a_merge_is_a_union_and_what_is_here_stays(tmp_path: Path) -> None:
+    here = fill(tmp_path / "here", "m", ["a", "b"], "here")
+    there = fill(tmp_path / "there", "m", ["b", "c"], "there")
+    fill(there, "n", ["d"])
+    (there / "m" / ".half-written.json").write_text("{")
+    (there / "m" / "01_x.failed.ipynb").write_text("{")
+    (there / "logs").mkdir()
+    (there / "logs" / "plan.json").write_text("{}")
+    merged = merge(there, here)
+    assert (merged.copied, merged.present, merged.different) == (2 + 3, 2, 1)
+    for model, key in (("m", "a"), ("m", "b"), ("m", "c"), ("n", "d")):
+        assert Store(here / model).read_record(key) == {"key": key}
+        assert Store(here / model).read_table("replies", key)["id"].tolist() == [key]
+    assert Store(here / "m").read_table("tables", "02_sparsification")["note"].tolist() == ["here"]
+    assert not (here / "logs").exists() and not list(here.rglob("*failed*")) and not list(here.rglob(".half*"))
+    again = merge(there, here)
+    assert again.copied == 0 and again.present + again.different == 8
+
+
+def test_a_file_cut_off_on_the_way_stops_everything(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", fill(tmp_path / "there", "m", ["a"])
+    whole = there / "m" / "replies" / "a.parquet"
+    whole.write_bytes(whole.read_bytes()[:-20])
+    with pytest.raises(MergeError, match=r"a\.parquet cannot be read"):
+        merge(there, here)
+    assert not here.exists()
+
+
+def test_what_is_no_results_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "2026").mkdir(parents=True)
+    for folder, line in ((tmp_path / "photos", "holds no results"), (tmp_path / "nowhere", "no folder")):
+        with pytest.raises(MergeError, match=line):
+            merge(folder, tmp_path / "here")
+    own = fill(tmp_path / "own", "m", ["a"])
+    with pytest.raises(MergeError, match="own results folder"):
+        merge(own, own)
+
+
+def test_the_command_line_takes_a_folder_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run.signal, "signal", lambda number, handler: None)
+    for name in ("RESULTS", "FIGURES"):
+        monkeypatch.setenv(f"APPROX_{name}", str(tmp_path / name.lower()))
+    there = fill(tmp_path / "there", "m", ["a"])
+    assert run.main(["--import", str(there)]) == 0
+    assert capsys.readouterr().out.startswith("3 files copied")
+    assert json.loads((tmp_path / "results" / "m" / "records" / "a.json").read_text()) == {"key": "a"}
+    assert run.main(["--import", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == f"run_all.sh: --import: there is no folder {tmp_path / 'nowhere'}\n"
