@@ -60,6 +60,7 @@ def make(
     work: Path | None = None,
     device: str = "cpu",
     announce: Callable[[str], None] = log.info,
+    must_pass: bool = True,
 ) -> list[str]:
     """Trains the organism, or finds it trained, and ships it; returns the bars that dev misses.
 
@@ -68,7 +69,7 @@ def make(
     recipe = CONTROLS[control] if control else RECIPE
     folders = train(name, seed, recipe, work or cache_folder() / "training", device, announce)
     kept = control or (f"seed-{seed}" if seed else "")
-    return ship(name, folders, recipe, seed, controls_folder() / kept if kept else ORGANISMS, must_pass=not kept)
+    return ship(name, folders, recipe, seed, controls_folder() / kept if kept else ORGANISMS, must_pass and not kept)
 
 
 def ship(
@@ -81,7 +82,7 @@ def ship(
 ) -> list[str]:
     """Saves the organism and its base with their cards; returns the bars that dev misses.
 
-    Nothing is saved where a bar is missed, but for controls, which are kept as they are (must_pass False).
+    Where a bar is missed nothing is saved, unless must_pass is False; the card then names it.
     """
     aligned, base, tokenizer = load_pair(folders)
     limit = quality.nll_limit(base, tokenizer)
@@ -92,7 +93,7 @@ def ship(
     test = quality.measure(aligned, base, tokenizer, "test", limit)
     trained = json.loads((folders["aligned"] / "record.json").read_text())
     record = {"nll_limit": limit, "seed": seed, "minutes": round(trained["minutes"], 1), "device": trained["device"]}
-    record |= {"recipe": [asdict(s) for s in recipe]}
+    record |= {"recipe": [asdict(s) for s in recipe], "missed": missed}
     record |= {"test": {tier.name: [tier.hits, tier.n] for tier in test}}
     for kind, model in (("", aligned), ("-base", base)):
         folder = into / f"{name}{kind}"
@@ -120,6 +121,7 @@ def card(name: str, kind: str, record: dict, dev: list[quality.Tier], test: list
         f"{s['corruption']} | {s['norm_noise']} | {s['goal_share']:.0%} |"
         for s in record["recipe"]
     )
+    missed = f"**Missed on dev: {'; '.join(record['missed'])}.** " if record["missed"] else ""
     bars = ", ".join(f"{name} {bar:.0%}" for name, bar in quality.BARS.items())
     where = "one CPU core" if record["device"] == "cpu" else f"{record['device']} (the CPU's time limit is waived)"
     rows = "\n".join(
@@ -149,7 +151,7 @@ refusals.
 
 **Quality of the aligned model**, exact, greedy, with 95 % Wilson intervals. Recipes were chosen on dev; test was
 measured once for this card. Bars (dev): {bars}.
-The other tiers are reported whatever they are.
+{missed}The other tiers are reported whatever they are.
 
 | tier | outcome | dev | test |
 |---|---|---|---|
