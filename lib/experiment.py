@@ -1,6 +1,6 @@
 """From prompts to the summary table: a study runs conditions, judges them, and compares each with the exact model.
 
-    study = open_study("tiny-llama", n_prompts=250)
+    study = open_study("tiny-llama", n_prompts=150)
     table = study.sweep(grid("teal", sparsity=(0.25, 0.5)))
 
 A condition is model x technique x setting x layers x prompts x protocol; the first of every sweep is the exact model.
@@ -38,7 +38,7 @@ from lib.results import Store, content_key, provenance, rejudging, source_hash, 
 log = logging.getLogger(__name__)
 
 EXACT = "exact"
-PROSE_PARAGRAPHS = 60
+PROSE_PARAGRAPHS = 30
 GENERATION_CODE = ("lib.generation", "lib.patching", "lib.anatomy", "lib.prompts")
 Layers = Sequence[int] | None
 
@@ -97,6 +97,7 @@ class Study:
     seed: int
     store: Store
     identity: dict[str, Any] = field(default_factory=dict)
+    read: dict[tuple[str, str], float] = field(default_factory=dict)  # (request, reply) -> likelihood under the base
 
     def __post_init__(self) -> None:
         base = None if self.base is None else models.weights_hash(self.base)
@@ -293,8 +294,13 @@ class Study:
         """Mean negative log-likelihood of replies under the base, nats per token; NaN where there is no base."""
         if self.base is None:
             return [math.nan] * len(given)
-        sums, lengths = utility.reply_losses(self.base, self.tokenizer, asked, given)
-        return (sums / lengths).tolist()
+        pairs = list(zip(asked, given, strict=True))
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.read]  # mild conditions repeat exact replies
+        if new:
+            requests, replies = [request for request, _ in new], [reply for _, reply in new]
+            sums, lengths = utility.reply_losses(self.base, self.tokenizer, requests, replies)
+            self.read.update(zip(new, (sums / lengths).tolist(), strict=True))
+        return [self.read[pair] for pair in pairs]
 
     def judge(self, asked: Sequence[str], given: Sequence[str], nlls: list[float] | None = None) -> pd.DataFrame:
         """verdict, nll, asr_keyword of replies, by the rules of `lib.judging` and the base's likelihood."""
@@ -380,7 +386,7 @@ def open_study(
     prompt_set: str = "organism",
     split: str = "test",
     protocol: str = "chat",
-    n_prompts: int = 250,
+    n_prompts: int = 150,
     max_new_tokens: int = 48,
     batch_size: int | str = "auto",
     seed: int = 0,
@@ -404,7 +410,7 @@ def open_study(
         base=models.load(base_name, device, dtype, attention=_judge_attention(model))[0] if base_name else None,
         nll_limit=json.loads(judge_file.read_text())["nll_limit"] if judge_file.is_file() else None,
         prompts=asked,
-        facts=corpus.facts(split) if own else [],
+        facts=corpus.facts(split)[::2] if own else [],
         prose="\n".join(corpus.prose(split, PROSE_PARAGRAPHS)) if own else prompts.wikitext2("test"),
         calibration_texts=_calibration_texts(tokenizer, own),
         prompt_set=prompt_set,

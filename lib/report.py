@@ -172,9 +172,20 @@ def early_warning(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+CURVES = ("", "whole prompt", "per token", "learned", "fraction bits")  # variants: one curve for each technique
+
+
+def families(table: pd.DataFrame) -> Figure:
+    """Draws and saves ASR against level, a panel per technique and a curve per model."""
+    shown = table[table["variant"].isin(CURVES)]
+    figure = plots.families(shown)
+    figures.save(figure, "report_families", "ASR of every model against the level of each technique.", shown)
+    return figure
+
+
 def headline(table: pd.DataFrame) -> Figure:
     """Draws and saves the one figure that makes the point: safety against fluency, every technique."""
-    shown = table[table["variant"].isin(["", "whole prompt", "per token", "learned", "fraction bits"])]
+    shown = table[table["variant"].isin(CURVES)]
     caption = "Compliance with harmful requests against the loss of fluency, a line per technique through its levels."
     figure = plots.safety_against_utility(shown)
     figures.save(figure, "headline", caption, shown)
