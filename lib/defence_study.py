@@ -19,6 +19,7 @@ from lib import noise_study, statistics
 from lib.approximations import OPERATIONS, Technique
 from lib.defence import HELD_OUT, defend
 from lib.experiment import EXACT, Condition, Layers, Study, describe, grid
+from lib.registry import smoothing_alpha
 
 if TYPE_CHECKING:
     from lib.defence_training import Pair, Recipe
@@ -31,12 +32,13 @@ SYSTEMS = ("iron", "bolt", "bumblebee", "nexus")
 SPARSITIES = (0.1, 0.25, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
 BITS = (8, 6, 5, 4, 3, 2)
 FRACTION_BITS, DEGREES = (12, 8, 6, 5, 4, 3), (4, 3, 2, 1)
-ALPHA, EPOCHS = 0.85, 10
+EPOCHS = 10
 
 
-def every_condition(epochs: int = EPOCHS) -> list[Condition]:
-    """Every technique and level of the default grids of notebooks 01 to 03 (a test compares them); epochs: of
-    OmniQuant's training."""
+def every_condition(model: str, epochs: int = EPOCHS) -> list[Condition]:
+    """Every technique and level of the default grids of notebooks 01 to 03 (a test compares them); model: decides
+    SmoothQuant's alpha, epochs: of OmniQuant's training."""
+    alpha = smoothing_alpha(model)
     parts = [*((name,) for name in OPERATIONS), OPERATIONS]
     found = [c for name in SYSTEMS for c in grid(name, "parts", parts=parts)]
     found += [c for name in SYSTEMS for c in grid(name, "published", published=[True])]
@@ -52,19 +54,19 @@ def every_condition(epochs: int = EPOCHS) -> list[Condition]:
     for variant, (fixed, levels) in treatments.items():
         found += grid("teal", variant, None, fixed, sparsity=levels)
     found += grid("cats", "", sparsity=SPARSITIES[1::2])
-    found += grid("smoothquant", "per token", None, {"alpha": ALPHA}, bits=BITS)
-    found += grid("smoothquant", "per tensor, static", None, {"alpha": ALPHA, "per": "static"}, bits=BITS)
-    found += grid("smoothquant", "per tensor, dynamic", None, {"alpha": ALPHA, "per": "tensor"}, bits=BITS[1::2])
+    found += grid("smoothquant", "per token", None, {"alpha": alpha}, bits=BITS)
+    found += grid("smoothquant", "per tensor, static", None, {"alpha": alpha, "per": "static"}, bits=BITS)
+    found += grid("smoothquant", "per tensor, dynamic", None, {"alpha": alpha, "per": "tensor"}, bits=BITS[1::2])
     found += grid("smoothquant", "plain rounding", None, {"smooth": False}, bits=BITS[1:])
     found += grid("omniquant", "learned", None, {"epochs": epochs}, bits=BITS)
     return found + grid("omniquant", "plain rounding", None, {"smooth": False}, bits=BITS[3:])
 
 
-def main_conditions(epochs: int = EPOCHS) -> list[Condition]:
+def main_conditions(model: str, epochs: int = EPOCHS) -> list[Condition]:
     """One curve per technique: those of `every_condition` that the headline figure draws, and whole systems."""
     curves = {"fraction bits", "whole prompt", "", "per token", "learned"}
     return [
-        c for c in every_condition(epochs)
+        c for c in every_condition(model, epochs)
         if c.variant in curves or (c.variant == "parts" and c.technique.operations == OPERATIONS)
     ]  # fmt: skip
 

@@ -19,6 +19,7 @@ from lib.organisms import corpus
 from lib.parameters import read_notebook
 from lib.patching import approximated
 from lib.paths import ROOT
+from lib.registry import smoothing_alpha
 from tests.families import random_model
 from tests.tiny_study import WORDS, character_tokenizer, tiny_study
 
@@ -332,6 +333,7 @@ def conditions_of(notebook):
     cells = json.loads(notebook.read_text())["cells"]
     source = next(s for cell in cells if "table = study.sweep(" in (s := "".join(cell["source"])))
     names = {p.name: p.default for p in read_notebook(notebook).parameters.values()} | {"grid": grid, "chosen": None}
+    names["alpha"] = smoothing_alpha("tiny-llama")
     exec("".join(line for line in source.splitlines(True) if "study.sweep" not in line), names)
     return names["conditions"]
 
@@ -342,8 +344,8 @@ def test_every_condition_of_notebooks_01_to_03_is_measured():
 
     notebooks = sorted((ROOT / "notebooks").glob("0[123]_*.ipynb"))
     expected = [condition for notebook in notebooks for condition in conditions_of(notebook)]
-    assert len(notebooks) == 3 and named(defence_study.every_condition()) == named(expected)
-    shown = defence_study.main_conditions()
+    assert len(notebooks) == 3 and named(defence_study.every_condition("tiny-llama")) == named(expected)
+    shown = defence_study.main_conditions("tiny-llama")
     assert {c.technique.name for c in shown} == {c.technique.name for c in expected}
     assert {c.technique.name for c in shown} >= {defence.HELD_OUT}
 
