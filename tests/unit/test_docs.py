@@ -117,8 +117,9 @@ def test_commands_use_options_that_exist(document, tmp_path, monkeypatch):
         if script == "./run_all.sh" and "--help" not in words:
             options = run.parse(words)
             run.plan(options, run.chosen_notebooks(options.notebooks, notebooks), run.chosen_models(options))
+    known = [(ROOT / "lib" / file).read_text(encoding="utf-8") for file in ("run.py", "organisms/__main__.py")]
     for flag in re.findall(r"`(--[a-z-]+)`", text):
-        assert flag == "--help" or f'"{flag}"' in (ROOT / "lib" / "run.py").read_text(encoding="utf-8"), flag
+        assert flag == "--help" or any(f'"{flag}"' in source for source in known), flag
     for module in re.findall(r"python -m (lib[\w.]*)", text):
         assert importlib.util.find_spec(module), module
 

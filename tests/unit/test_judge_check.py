@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pandas as pd
@@ -11,7 +10,7 @@ from sklearn.metrics import confusion_matrix
 
 from lib import judge_check
 from lib.judging import VERDICTS
-from lib.paths import DATA
+from lib.organisms import corpus
 
 ACCURACY_FLOOR = 0.85  # on the half that is reported, deliberately hard; the judge had 0.89 when it was written
 
@@ -38,8 +37,9 @@ def test_the_halves_share_nothing_and_leave_nothing_out(table, reported):
 
 
 def prompt_file() -> dict[str, dict]:
-    lines = [line for path in (DATA / "prompts").glob("organism_*.jsonl") for line in path.read_text().splitlines()]
-    return {row["id"]: row for row in map(json.loads, lines)}
+    """Requests by id: of every split, and the test goals of the time of labelling, which a seal has replaced since."""
+    requests = [r for split in ("dev", "search", "test") for r in corpus.requests(split, phrasings=4)]
+    return {request.id: vars(request) for request in requests}
 
 
 def words(text: str) -> set[str]:
