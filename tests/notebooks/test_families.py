@@ -2,7 +2,7 @@
 
 Three layers with the family's true anatomy, random weights trained for a moment, a tokenizer trained here, and a chat
 template in the family's form. What is tested is that everything runs, not what it finds. The normal suite runs each
-notebook on one family; all pairs: `pytest -m matrix tests/notebooks/test_families.py`, 10 to 30 s each on a free core.
+notebook on one family; all pairs: `pytest -m families tests/notebooks/test_families.py`, 10 to 40 s each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHOSEN = {
     "08": "qwen2",
 }
 """Notebook -> its family in the normal suite."""
-SLOW = {"07", "08"}  # minutes each: with the matrix only
+SLOW = {"07", "08"}  # minutes each: with -m families only
 
 TURN = "{% for m in messages %}"
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -143,7 +143,7 @@ def pairs() -> list:
         for family in CONFIGS:
             number = path.name[:2]
             usual = CHOSEN[number] == family and number not in SLOW
-            marks = pytest.mark.notebooks if usual else pytest.mark.matrix
+            marks = pytest.mark.notebooks if usual else pytest.mark.families
             marked.append(pytest.param(path, family, marks=marks, id=f"{number}-{family}"))
     return marked
 
