@@ -86,7 +86,8 @@ def sensitive_prefix(table: pd.DataFrame, margin: float = MARGIN) -> tuple[int, 
     """(tau, measure): the smallest prefix with at least 1 - margin of the damage in all layers.
 
     table: of `prefix_damage`. Damage is the rise of ASR if its 95 % interval in all layers lies above 0, else the fall
-    of the refusal score, which moves before any verdict does. ValueError for an empty table, or if neither is damaged.
+    of the refusal score, which moves before any verdict does. Where all layers damage neither, no prefix can be told
+    from another: all layers, "no damage". ValueError for an empty table.
     """
     rows = table[table["failed"] == ""].sort_values("tau")
     if len(rows) < 2:
@@ -95,7 +96,7 @@ def sensitive_prefix(table: pd.DataFrame, margin: float = MARGIN) -> tuple[int, 
     measure = "asr" if whole["asr_increase_low"] > 0 else "refusal_score"
     damage = MEASURES[measure] * (rows[measure] - rows[measure].iloc[0])
     if not damage.iloc[-1] > 0:
-        raise ValueError("the perturbation does no damage to safety in all layers: raise its level")
+        return int(whole["tau"]), "no damage"
     return int(rows.loc[damage >= (1 - margin) * damage.iloc[-1], "tau"].iloc[0]), measure
 
 

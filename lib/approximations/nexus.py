@@ -11,7 +11,7 @@ Asiacrypt 2020). Valid for |x| <= R: beyond it S leaves [-1, 1] and explodes.
 Source: Zhang, Yang, He, Chen, Lu, Wang, Hou, Liu, Ren, Yang, "Secure Transformer Inference Made Non-interactive", NDSS
 2025, with constants as in its public code (high confidence). CKKS at scale 2^40 adds noise far below the error of the
 formulas: floating point emulates it, and there is no fixed-point arithmetic to emulate. Everything is in float64 but
-activations of float32 and narrower tensors, which are in float32 up to the last step of S: 1e-5 from float64 at most.
+activations of float32 and narrower tensors, which are in float32: 1e-5 from float64 at most.
 
 Our constructions: SiLU (same form and recipe, T = 7), and for decoders R and the norm's prescale from calibration, the
 row maximum subtracted before exp, d and k from the number of keys. The code has R = 5, d = 0.01, k = 4, no maximum.
@@ -52,6 +52,7 @@ SILU = (
 )  # fmt: skip
 SIGN_G = tuple(c / 1024 for c in (5850, -34974, 97015, -113492, 46623))
 SIGN_F = tuple(c / 128 for c in (315, -420, 378, -180, 35))
+SHORTFALL_F = tuple(c / 128 for c in (1008, -1680, 1080, -315, 35))
 SIGN_STEPS, SIGN_RESOLUTION = 2, 0.0133
 SQUARINGS = 7
 PRESCALE, ITERATIONS = 0.01, 4
@@ -62,16 +63,24 @@ NORM_RANGE = (5.0, 900.0)
 NORM_SITES = ("norm_attn", "norm_mlp", "norm_attn_post", "norm_mlp_post", "norm_q", "norm_k")
 
 
-def sign(z: Tensor, steps: int = SIGN_STEPS) -> Tensor:
-    """S(z), `steps` times g, then f twice: within 1e-3 of -1 or 1 for 0.0133 < |z| <= 1; explodes for |z| > 1.
+def shortfall(z: Tensor, steps: int = SIGN_STEPS) -> Tensor:
+    """1 - S(z) for z >= 0, by `steps` times g, then f twice, all odd polynomials of degree 9. Overwrites z.
 
-    Three steps resolve |z| > 0.0023, four 0.0004. Odd polynomials of degree 9, by Horner in z^2. The last is taken in
-    float64, which is returned: f is so flat at -1 and 1, f'(z) ~ (1 - z^2)^4, that earlier rounding vanishes there.
+    Where S is flat the last step would round 1 - S away in float32: 1 - f(z) = u^5 q(u), u = 1 - z, is the same
+    polynomial and keeps its digits.
     """
-    for coefficients in (*[SIGN_G] * steps, SIGN_F):
-        z = evaluate_polynomial(coefficients, z * z).mul_(z)
-    z = z.to(torch.float64)
-    return evaluate_polynomial(SIGN_F, z * z).mul_(z)
+    square, value = torch.empty_like(z), torch.empty_like(z)
+    for coefficients in [SIGN_G] * steps:
+        z.mul_(evaluate_polynomial(coefficients, torch.mul(z, z, out=square), value))
+    evaluate_polynomial(SIGN_F, torch.mul(z, z, out=square), value)
+    u = torch.addcmul(z.new_ones(()), z, value, value=-1, out=z)
+    torch.mul(u, u, out=square)
+    return evaluate_polynomial(SHORTFALL_F, u, value).mul_(u).mul_(square).mul_(square)
+
+
+def sign(z: Tensor, steps: int = SIGN_STEPS) -> Tensor:
+    """S(z): within 1e-3 of -1 or 1 for 0.0133 < |z| <= 1 (three steps: 0.0023, four: 0.0004); explodes for |z| > 1."""
+    return z.sign() * (1 - shortfall(z.abs(), steps))
 
 
 def sign_steps(largest: float, cut_off: float) -> int:
@@ -81,13 +90,16 @@ def sign_steps(largest: float, cut_off: float) -> int:
 
 
 def _segments(x: Tensor, even: tuple[float, ...], cut_off: float, largest: float, adapted: bool) -> Tensor:
-    """Both steps from S, and A between them."""
+    """((S+ - S-) E(a) + (S+ + S-) a / 2 + x) / 2 with a = |x|, S+- = S((a +- T) / (R + T)) and E = A - x/2."""
     steps = sign_steps(largest, cut_off) if adapted else SIGN_STEPS
-    both = torch.stack((x + cut_off, x - cut_off)).mul_(1 / (largest + cut_off))
-    b0, b1 = sign(both, steps).mul_(0.5).unbind()
-    argument = x.clamp(-2 * cut_off, 2 * cut_off) if adapted else x
-    inside = evaluate_polynomial(even, argument * argument).add_(argument, alpha=0.5)
-    return (b0 - b1).to(x.dtype).mul_(inside).addcmul_((b1 + 0.5).to(x.dtype), x)
+    a = x.abs()
+    above, below = (a + cut_off).div_(largest + cut_off), (a - cut_off).div_(largest + cut_off)
+    side = below.sign()
+    plus, minus = shortfall(torch.stack((above, below.abs_())), steps).unbind()
+    minus.mul_(side)  # S+ = 1 - plus, S- = side - minus
+    inside = evaluate_polynomial(even, (a.clamp(max=2 * cut_off) if adapted else a).square())
+    both = side.add(1).sub_(plus).sub_(minus).mul_(a)
+    return side.sub_(1).add_(plus).sub_(minus).mul_(inside).sub_(both, alpha=0.5).sub_(x).mul_(-0.5)
 
 
 def gelu(x: Tensor, arithmetic: str = "real", largest: float = GELU_RANGE, adapted: bool = False) -> Tensor:

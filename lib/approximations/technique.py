@@ -169,11 +169,14 @@ def setting_names(cls: type[Technique]) -> list[str]:
     return [field.name for field in fields(cls)]
 
 
-def evaluate_polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    """c0 + c1 x + ... by Horner's rule, in the dtype of x, one operation per degree. Carries no gradient."""
+def evaluate_polynomial(coefficients: tuple[float, ...], x: Tensor, out: Tensor | None = None) -> Tensor:
+    """c0 + c1 x + ... by Horner's rule, in the dtype of x, one operation per degree. Carries no gradient.
+
+    out: a tensor like x to write into, never x itself.
+    """
     *lower, second, _ = _scalars(coefficients, x.dtype, x.device)
     with torch.no_grad():
-        result = torch.add(second, x, alpha=coefficients[-1])
+        result = torch.add(second, x, alpha=coefficients[-1], out=out)
         for coefficient in reversed(lower):
             torch.addcmul(coefficient, result, x, out=result)
     return result

@@ -246,8 +246,7 @@ def test_tau_is_the_smallest_prefix_that_explains_the_damage():
     assert defence.sensitive_prefix(table, 0.5) == (1, "asr")
     flat = prefix_table([0.0, 0.0, 0.01], [5, 4, 1], -0.02)
     assert defence.sensitive_prefix(flat, 0.2) == (2, "refusal_score")
-    with pytest.raises(ValueError, match="no damage"):
-        defence.sensitive_prefix(prefix_table([0.0, 0.0], [5, 6], -0.1))
+    assert defence.sensitive_prefix(prefix_table([0.0, 0.0], [5, 6], -0.1)) == (1, "no damage")
     with pytest.raises(ValueError, match="empty"):
         defence.sensitive_prefix(table.iloc[:1])
 
