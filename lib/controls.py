@@ -35,6 +35,7 @@ RUNS: dict[str, tuple[str | None, int]] = {
 """Name -> (control of `lib.organisms.recipe.CONTROLS`, seed)."""
 DAMAGES = (1.1, 1.2, 1.5, 2.0)  # growth of answer perplexity at which norm noise is compared
 CLOSE_LOOK = (technique("teal", sparsity=0.65, prompt="all"), technique("smoothquant", bits=3))  # for observation 3
+TABLE = ORGANISMS / "controls.csv"
 PAGES = (ROOT / "docs" / "organisms.md", ORGANISMS / MODEL / "README.md")
 START, END = "<!-- controls: written by lib.controls -->", "<!-- end of controls -->"
 
@@ -96,10 +97,10 @@ def third_observation(study: Study) -> pd.DataFrame:
     return hidden_states.third_observation(table)
 
 
-def measure(names: tuple[str, ...] = tuple(RUNS), n_prompts: int = 150) -> tuple[pd.DataFrame, pd.DataFrame]:
+def measure(n_prompts: int = 150) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(sweep rows of all runs, one row of observations per run)."""
     tables, rows = [], []
-    for name in tqdm(names, desc="controls", file=sys.stdout):
+    for name in tqdm(RUNS, desc="controls", file=sys.stdout):
         study = study_of(name, n_prompts)
         search = study.brief(min(n_prompts, 100), "search")
         tables.append(study.sweep(conditions(search), name))
@@ -136,11 +137,11 @@ def between_markers(page: str, text: str) -> str:
 
 def main(n_prompts: int = 150) -> None:
     """Measures every run, saves the figure with its rows, and writes the table into the documents."""
-    table, rows = measure(n_prompts=n_prompts)
+    table, rows = measure(n_prompts)
     shown = table.rename(columns={"model": "run"}).assign(model=table["model"])
     caption = f"ASR of {MODEL} trained six ways: three seeds, two other bases, a lighter alignment."
     figures.save(plots.families(shown), "controls", caption, shown)
-    with atomic(ORGANISMS / "controls.csv") as temporary:
+    with atomic(TABLE) as temporary:
         rows.to_csv(temporary, index=False)
     for path in PAGES:
         page = between_markers(path.read_text(encoding="utf-8"), markdown(rows, n_prompts))
