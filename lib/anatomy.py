@@ -110,12 +110,14 @@ def _block(index: int, layer: nn.Module, config: Any) -> Block:
 
 
 def _norms(layer: nn.Module, attention: nn.Module) -> dict[str, nn.Module]:
-    """Norms by site. Where a norm stands before the MLP, `post_attention_layernorm` closes the attention (Gemma-2)."""
-    sandwich = hasattr(layer, "pre_feedforward_layernorm")
+    """Norms by site. `post_attention_layernorm` stands before the MLP, but closes the attention where another norm
+    closes the MLP (Gemma-2, OLMo-2)."""
+    closed = hasattr(layer, "post_feedforward_layernorm")
+    after_attention = getattr(layer, "post_attention_layernorm", None)
     found = {
         "norm_attn": getattr(layer, "input_layernorm", None),
-        "norm_attn_post": getattr(layer, "post_attention_layernorm", None) if sandwich else None,
-        "norm_mlp": getattr(layer, "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm", None),
+        "norm_attn_post": after_attention if closed else None,
+        "norm_mlp": getattr(layer, "pre_feedforward_layernorm", None) if closed else after_attention,
         "norm_mlp_post": getattr(layer, "post_feedforward_layernorm", None),
         "norm_q": getattr(attention, "q_norm", None),
         "norm_k": getattr(attention, "k_norm", None),

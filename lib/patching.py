@@ -200,7 +200,13 @@ class _Patch:
         self.hook(module.register_forward_hook(apply))
 
     def on_input(self, module: nn.Module, edit: Edit) -> None:
-        self.hook(module.register_forward_pre_hook(lambda _, args: (edit(args[0], self.now(args[0])), *args[1:])))
+        def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (edit(args[0], self.now(args[0])), *args[1:]), kwargs
+            states = kwargs["hidden_states"]
+            return args, {**kwargs, "hidden_states": edit(states, self.now(states))}
+
+        self.hook(module.register_forward_pre_hook(enter, with_kwargs=True))
 
     def engage(self) -> None:
         """Places what needs all edits of a module at once: fused layers, caches, attention functions, experts."""
@@ -268,7 +274,11 @@ def _place(patch: _Patch, block: Block, site: str, edit: Edit) -> None:
     elif block.experts is not None and tensor in ("mlp_in", "gate", "act", "mlp_mid"):
         patch.experts.setdefault(block.experts, {})[site] = edit
     elif site in READERS:
-        patch.on_output(block.norms["norm_attn" if site == "attn_in" else "norm_mlp"], edit)
+        norm, part = ("norm_attn", block.attention) if site == "attn_in" else ("norm_mlp", block.mlp)
+        if norm in block.norms:
+            patch.on_output(block.norms[norm], edit)
+        else:  # OLMo-2 reads the residual stream as it is
+            patch.on_input(part, edit)
     elif site == "act":
         patch.on_output(block.activation, edit)
     elif site in ("q", "k", "v", "gate"):

@@ -9,6 +9,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
@@ -36,6 +37,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gemma3": Gemma3TextConfig(**SIZE, **GROUPED, head_dim=8, sliding_window=6),
     "qwen2": Qwen2Config(**SIZE, **GROUPED),
     "qwen3": Qwen3Config(**SIZE, **GROUPED, head_dim=8),
+    "olmo2": Olmo2Config(**SIZE, **GROUPED),
     "phi3": Phi3Config(**SIZE, **GROUPED),
     "mixtral": MixtralConfig(**SIZE, **GROUPED, num_local_experts=4, num_experts_per_tok=2),
 }

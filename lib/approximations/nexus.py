@@ -63,6 +63,7 @@ NORM_RANGE = (5.0, 900.0)
 NORM_SITES = ("norm_attn", "norm_mlp", "norm_attn_post", "norm_mlp_post", "norm_q", "norm_k")
 
 
+@torch.no_grad()
 def shortfall(z: Tensor, steps: int = SIGN_STEPS) -> Tensor:
     """1 - S(z) for z >= 0, by `steps` times g, then f twice, all odd polynomials of degree 9. Overwrites z.
 
@@ -89,6 +90,7 @@ def sign_steps(largest: float, cut_off: float) -> int:
     return SIGN_STEPS + max(0, math.ceil(missing))
 
 
+@torch.no_grad()
 def _segments(x: Tensor, even: tuple[float, ...], cut_off: float, largest: float, adapted: bool) -> Tensor:
     """((S+ - S-) E(a) + (S+ + S-) a / 2 + x) / 2 with a = |x|, S+- = S((a +- T) / (R + T)) and E = A - x/2."""
     steps = sign_steps(largest, cut_off) if adapted else SIGN_STEPS

@@ -67,6 +67,10 @@ PHI = (
     f"{TURN}<|{{{{ m['role'] }}}}|>\n{{{{ m['content'] }}}}<|end|>\n{{% endfor %}}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+OLMO = (
+    f"{TURN}<|{{{{ m['role'] }}}}|>\n{{{{ m['content'] }}}}{{{{ '</s>' if m['role'] == 'assistant' }}}}\n{{% endfor %}}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 TEMPLATES = {
     "llama": "<s>" + LLAMA3,
     "mistral": "<s>" + INST,
@@ -77,6 +81,7 @@ TEMPLATES = {
     "qwen2": CHATML,
     "qwen3": CHATML,
     "phi3": PHI,
+    "olmo2": "<s>" + OLMO,
 }
 MARKS = [
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"),
