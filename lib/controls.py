@@ -21,7 +21,7 @@ from lib.anatomy import anatomy
 from lib.approximations import make as technique
 from lib.experiment import Condition, Study, grid, open_study
 from lib.organisms.ship import controls_folder, make
-from lib.paths import ORGANISMS, ROOT, atomic
+from lib.paths import ORGANISMS, ROOT, atomic, between_markers
 
 MODEL = "tiny-llama"
 RUNS: dict[str, tuple[str | None, int]] = {
@@ -37,7 +37,6 @@ DAMAGES = (1.1, 1.2, 1.5, 2.0)  # growth of answer perplexity at which norm nois
 CLOSE_LOOK = (technique("teal", sparsity=0.65, prompt="all"), technique("smoothquant", bits=3))  # for observation 3
 TABLE = ORGANISMS / "controls.csv"
 PAGES = (ROOT / "docs" / "organisms.md", ORGANISMS / MODEL / "README.md")
-START, END = "<!-- controls: written by lib.controls -->", "<!-- end of controls -->"
 
 
 def study_of(name: str, n_prompts: int = 150) -> Study:
@@ -128,13 +127,6 @@ tested for {" and ".join(one.name for one in CLOSE_LOOK)}."""
     return "\n".join([*lines, text])
 
 
-def between_markers(page: str, text: str) -> str:
-    """The page with what stands between the markers replaced by `text`, or with markers and text at its end."""
-    before, _, rest = page.partition(START)
-    after = rest.partition(END)[2] if rest else "\n"
-    return f"{before.rstrip()}\n\n{START}\n{text}\n{END}{after}"
-
-
 def main(n_prompts: int = 150) -> None:
     """Measures every run, saves the figure with its rows, and writes the table into the documents."""
     table, rows = measure(n_prompts)
@@ -144,7 +136,7 @@ def main(n_prompts: int = 150) -> None:
     with atomic(TABLE) as temporary:
         rows.to_csv(temporary, index=False)
     for path in PAGES:
-        page = between_markers(path.read_text(encoding="utf-8"), markdown(rows, n_prompts))
+        page = between_markers(path.read_text(encoding="utf-8"), "controls", "lib.controls", markdown(rows, n_prompts))
         path.write_text(page, encoding="utf-8")
 
 

@@ -1,10 +1,10 @@
 """What a job needs, before anything is loaded: memory of its model, and a rough time.
 
     on a CPU     minutes of the notebook on tiny-llama x size of the weights / size of tiny-llama's
-    on a GPU     conditions x batches x passes per batch x max(weights / rate, seconds per pass) + loading
+    on a GPU     conditions x batches x passes per batch x max(weights / rate, least) + preparation + loading
 
-The minutes were measured on one core of a busy machine. The GPU's rate is assumed, not measured: half of 3.3 TB/s, the
-memory bandwidth of an H100-class card. Real conditions vary; an estimate is good to a factor of two or three.
+The minutes were measured on one core of a busy machine. The GPU's rates are assumed, not measured: half of 3.3 TB/s, the
+memory bandwidth of an H100-class card, and a tenth of its 1 PFLOP/s. An estimate is good to a factor of two or three.
 """
 
 from __future__ import annotations
@@ -12,16 +12,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lib.registry import gigabytes
+from lib.paths import ROOT, between_markers
+from lib.registry import REGISTRY, gigabytes
 
 MINUTES = {"01": 7.5, "02": 8.0, "03": 6.5, "04": 5.5, "05": 3.5, "06": 1.0}
 """Notebook -> minutes of a default run on tiny-llama, for others see `OTHER_MINUTES`."""
-CONDITIONS = {"01": (31, 500), "02": (34, 500), "03": (30, 500), "04": (50, 150), "05": (46, 150), "06": (10, 500)}
-"""Notebook -> (conditions, prompts of each) of a default run on tiny-llama, exact model included."""
-OTHER_MINUTES, OTHER_CONDITIONS = 10.0, (40, 500)
+CONDITIONS = {
+    "01": (31, 150, 2.0),
+    "02": (34, 150, 2.0),
+    "03": (30, 150, 2.0),
+    "04": (60, 100, 1.5),
+    "05": (46, 100, 1.5),
+    "06": (10, 150, 2.0),
+}
+"""Notebook -> (conditions, harmful requests, requests per harmful one) of a default run on tiny-llama."""
+OTHER_MINUTES, OTHER_CONDITIONS = 10.0, (40, 150, 2.0)
 FAST_SHARE = 0.12
 TINY_GIGABYTES = 0.00513
-GPU_BATCH, GPU_RATE, GPU_PASS, GPU_LOADING = 64, 1650.0, 0.01, 120.0  # prompts, GB/s, s, s
+GPU_BATCH, GPU_RATE, GPU_LOADING = 64, 1650.0, 120.0  # prompts, GB/s, s
+GPU_PASS, UNCAPTURED, UNCAPTURED_PASS = 0.01, ("04", "05"), 0.03  # s; noise cannot be captured
+PREPARATION = {"02": 1e6, "03": 6 * 20 * 16 * 2048 * 4}
+"""Notebook -> operations per weight: TEAL's greedy search; OmniQuant, 6 levels x 20 epochs x 16 windows."""
+GPU_FLOPS = 1e14
 UTILITY = 1.3  # perplexities and scores besides the replies
 PREFILL = 8  # passes that reading a batch of prompts is worth
 ROOM = 1.25  # weights, activations, keys and values over weights alone
@@ -51,12 +63,34 @@ def need(notebook: str, parameters: dict[str, Any], gpu: bool) -> Need:
         return Need(None, None)
     wide = parameters.get("dtype") == "float32" or (not gpu and parameters.get("dtype", "auto") == "auto")
     held = (2 if wide else 1) * size
-    conditions, rows = CONDITIONS.get(notebook, OTHER_CONDITIONS)
-    share = parameters.get("n_prompts", rows / 2) * 2 / rows * (FAST_SHARE if parameters.get("fast") else 1.0)
+    conditions, usual, per = CONDITIONS.get(notebook, OTHER_CONDITIONS)
+    share = parameters.get("n_prompts", usual) / usual * (FAST_SHARE if parameters.get("fast") else 1.0)
     if not gpu:
         minutes = MINUTES.get(notebook, OTHER_MINUTES) * share * max(1.0, size / TINY_GIGABYTES)
         return Need(0.5 + ROOM * held, minutes)
-    batches = -(-rows * share // GPU_BATCH)
+    batches = -(-usual * per * share // GPU_BATCH)
     passes = parameters.get("max_new_tokens", 48) + PREFILL
-    seconds = UTILITY * conditions * batches * passes * max(held / GPU_RATE, GPU_PASS)
-    return Need(1 + ROOM * held, (seconds + GPU_LOADING) / 60)
+    least = UNCAPTURED_PASS if notebook in UNCAPTURED else GPU_PASS
+    seconds = UTILITY * conditions * batches * passes * max(held / GPU_RATE, least)
+    preparation = PREPARATION.get(notebook, 0) * size * 5e8 / GPU_FLOPS
+    return Need(1 + ROOM * held, (seconds + preparation + GPU_LOADING) / 60)
+
+
+def study_plan(n_prompts: int = 520, max_new_tokens: int = 128) -> str:
+    """A Markdown table: GPU memory and hours of notebooks 01 to 06 for every registered model, with AdvBench's size."""
+    asked = {"n_prompts": n_prompts, "max_new_tokens": max_new_tokens, "dtype": "bfloat16"}
+    lines = [f"| model | GPU memory | {' | '.join(CONDITIONS)} | GPU hours |", "|---|" + "---:|" * (len(CONDITIONS) + 2)]
+    total = 0.0
+    for name in REGISTRY:
+        needs = [need(notebook, {"model": name} | asked, gpu=True) for notebook in CONDITIONS]
+        hours = [(one.minutes or 0.0) / 60 for one in needs]
+        total += sum(hours)
+        cells = " | ".join(f"{hour:.1f}" for hour in hours)
+        lines.append(f"| `{name}` | {needs[0].gigabytes or 0.0:.0f} GB | {cells} | {sum(hours):.0f} |")
+    return "\n".join([*lines, f"| all | | {' | ' * (len(CONDITIONS) - 1)} | {total:.0f} |"])
+
+
+if __name__ == "__main__":  # python -m lib.estimates: writes the plan into README.md
+    page = ROOT / "README.md"
+    plan = between_markers(page.read_text(encoding="utf-8"), "study plan", "lib.estimates", study_plan())
+    page.write_text(plan, encoding="utf-8")

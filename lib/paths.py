@@ -1,4 +1,4 @@
-"""Folders of the project, and writing a file so that it is either whole or not there."""
+"""Folders of the project, writing a file so that it is either whole or not there, and keeping part of a page up to date."""
 
 from __future__ import annotations
 
@@ -42,3 +42,11 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def between_markers(page: str, name: str, writer: str, text: str) -> str:
+    """The page with `text` between the comments that open and close the part `name`; at its end if it has none yet."""
+    start, end = f"<!-- {name}: written by {writer} -->", f"<!-- end of {name} -->"
+    before, _, rest = page.partition(start)
+    after = rest.partition(end)[2] if rest else "\n"
+    return f"{before.rstrip()}\n\n{start}\n{text}\n{end}{after}"

@@ -18,12 +18,11 @@ from scipy import stats
 from lib import fidelity, figures, plots, published, refusal_score, statistics
 from lib.approximations import OPERATIONS
 from lib.figures import Figure
-from lib.paths import ROOT, results_folder
+from lib.paths import ROOT, between_markers, results_folder
 from lib.results import safe_name
 
 TABLES = ("01_polynomialization", "02_sparsification", "03_quantization")
 CONDITION = ["model", "technique", "variant", "settings", "layers", "protocol", "prompt_set", "split"]
-START, END = "<!-- findings: written by lib.report -->", "<!-- end of findings -->"
 
 
 def gather(models: Sequence[str] = (), folder: Path | str | None = None) -> pd.DataFrame:
@@ -244,11 +243,8 @@ def _percent(share: float) -> str:
 
 
 def with_findings(readme: str, rows: pd.DataFrame) -> str:
-    """The README's text with its table of findings replaced. ValueError if the markers are missing."""
-    if START not in readme or END not in readme:
-        raise ValueError(f"README.md lacks the markers {START!r} and {END!r}")
-    before, after = readme.split(START)[0], readme.split(END)[1]
-    return f"{before}{START}\n{readme_findings(rows)}\n{END}{after}"
+    """The README's text with its table of findings replaced."""
+    return between_markers(readme, "findings", "lib.report", readme_findings(rows))
 
 
 def committed_rows() -> pd.DataFrame:

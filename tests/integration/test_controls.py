@@ -21,7 +21,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(controls, "conditions", lambda search: few)
     monkeypatch.setattr(controls, "CLOSE_LOOK", controls.CLOSE_LOOK[:1])
     page = tmp_path / "page.md"
-    page.write_text(f"# Before\n\n{controls.START}\nstale\n{controls.END}\n\nAfter\n")
+    start, end = "<!-- controls: written by lib.controls -->", "<!-- end of controls -->"
+    page.write_text(f"# Before\n\n{start}\nstale\n{end}\n\nAfter\n")
     monkeypatch.setattr(controls, "PAGES", (page,))
     return page
 
@@ -52,9 +53,3 @@ def test_the_text_counts_the_runs_on_which_an_observation_holds():
     second = {"run": "b", "observation 1": "10 of 12 (teal)", "observation 2": "not shown"}
     text = controls.markdown(pd.DataFrame([row | first, row | second]), 150)
     assert "shows in 1 of 2 runs" in text and "holds in 1 of 2" in text and "+10 [+2, +20]" in text
-
-
-def test_a_page_without_markers_gets_them_at_its_end():
-    page = controls.between_markers("# Title\n", "table")
-    assert page == f"# Title\n\n{controls.START}\ntable\n{controls.END}\n"
-    assert controls.between_markers(page, "table") == page

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lib import published, report, report_page, statistics, summary
 from lib.judges_classifier import HS_COLUMN
-from lib.paths import ROOT
+from lib.paths import ROOT, between_markers
 
 
 def row(before: list[int], after: list[int], technique: str = "teal") -> dict:
@@ -42,9 +42,10 @@ def test_readme_holds_the_numbers_of_the_committed_figure():
     assert np.isfinite(worst) and f"{100 * worst:.0f} %" in readme
 
 
-def test_a_readme_without_markers_is_named():
-    with pytest.raises(ValueError, match="lacks the markers"):
-        report.with_findings("# nothing", report.committed_rows())
+def test_a_page_without_markers_gets_them_at_its_end():
+    page = between_markers("# Title\n", "part", "lib.x", "old")
+    assert page == "# Title\n\n<!-- part: written by lib.x -->\nold\n<!-- end of part -->\n"
+    assert between_markers(page + "\nmore\n", "part", "lib.x", "new") == page.replace("old", "new") + "\nmore\n"
 
 
 # ------------------------------------------------------------------ from a stored table to the page
