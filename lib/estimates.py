@@ -1,7 +1,7 @@
 """What a job needs, before anything is loaded: memory of its model, and a rough time.
 
     on a CPU     minutes of the notebook on tiny-llama x size of the weights / size of tiny-llama's
-    on a GPU     conditions x batches x passes per batch x max(weights / rate, least) + preparation + loading
+    on a GPU     conditions x batches x passes x max(weights / rate, least) + preparation + loading
 
 The minutes were measured on one core of a busy machine. The GPU's rates are assumed, not measured: half of 3.3 TB/s, the
 memory bandwidth of an H100-class card, and a tenth of its 1 PFLOP/s. An estimate is good to a factor of two or three.
@@ -77,7 +77,7 @@ def need(notebook: str, parameters: dict[str, Any], gpu: bool) -> Need:
 
 
 def study_plan(n_prompts: int = 520, max_new_tokens: int = 128) -> str:
-    """A Markdown table: GPU memory and hours of notebooks 01 to 06 for every registered model, with AdvBench's size."""
+    """A Markdown table: GPU memory and hours of notebooks 01 to 06 per registered model, with AdvBench's size."""
     asked = {"n_prompts": n_prompts, "max_new_tokens": max_new_tokens, "dtype": "bfloat16"}
     lines = [f"| model | GPU memory | {' | '.join(CONDITIONS)} | GPU hours |", "|---|" + "---:|" * (len(CONDITIONS) + 2)]
     total = 0.0

@@ -1,4 +1,4 @@
-"""Folders of the project, writing a file so that it is either whole or not there, and keeping part of a page up to date."""
+"""Folders of the project, files that are either whole or not there, and parts of pages that scripts keep up to date."""
 
 from __future__ import annotations
 
