@@ -3,8 +3,8 @@
     on a CPU     minutes of the notebook on tiny-llama x size of the weights / size of tiny-llama's
     on a GPU     conditions x batches x passes x max(weights / rate, least) + preparation + loading
 
-The minutes were measured on one core of a busy machine. The GPU's rates are assumed, not measured: half of 3.3 TB/s, the
-memory bandwidth of an H100-class card, and a tenth of its 1 PFLOP/s. An estimate is good to a factor of two or three.
+The minutes were measured on one core of a busy machine. The GPU's rates are assumed, not measured: half the 3.3 TB/s of
+memory bandwidth of an H100-class card, a tenth of its 1 PFLOP/s. An estimate is good to a factor of two or three.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def need(notebook: str, parameters: dict[str, Any], gpu: bool) -> Need:
 def study_plan(n_prompts: int = 520, max_new_tokens: int = 128) -> str:
     """A Markdown table: GPU memory and hours of notebooks 01 to 06 per registered model, with AdvBench's size."""
     asked = {"n_prompts": n_prompts, "max_new_tokens": max_new_tokens, "dtype": "bfloat16"}
-    lines = [f"| model | GPU memory | {' | '.join(CONDITIONS)} | GPU hours |", "|---|" + "---:|" * (len(CONDITIONS) + 2)]
+    columns = ["model", "GPU memory", *CONDITIONS, "GPU hours"]
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     total = 0.0
     for name in REGISTRY:
         needs = [need(notebook, {"model": name} | asked, gpu=True) for notebook in CONDITIONS]

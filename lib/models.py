@@ -16,6 +16,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from lib.registry import (
     REGISTRY,
@@ -24,6 +25,7 @@ from lib.registry import (
     base_of,
     explain,
     file_hash,
+    gigabytes,
     names,
     organisms,
     resolve,
@@ -36,6 +38,7 @@ __all__ = ["REGISTRY", "Entry", "ModelError", "base_of", "best_device", "best_dt
 
 log = logging.getLogger(__name__)
 
+SHOWN = 1.0  # GB of weights from which loading takes long enough for a progress bar
 ROOM = 0.9  # share of the free memory that weights may take; the rest is for activations and keys and values
 
 
@@ -103,6 +106,7 @@ def load(
     where = resolve(name)
     if Path(where).is_dir():
         verify(Path(where))
+    show_bars((gigabytes(name) or SHOWN) >= SHOWN)
     device = best_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision_of(name)}
     try:
@@ -129,6 +133,11 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return model.eval(), tokenizer
+
+
+def show_bars(shown: bool) -> None:
+    """Whether Transformers draws a progress bar while it reads weights: for small ones it would only flicker by."""
+    (transformers_logging.enable_progress_bar if shown else transformers_logging.disable_progress_bar)()
 
 
 def weights_hash(model: torch.nn.Module) -> str:
