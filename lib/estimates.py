@@ -21,8 +21,8 @@ CONDITIONS = {
     "01": (31, 150, 2.0),
     "02": (34, 150, 2.0),
     "03": (30, 150, 2.0),
-    "04": (60, 100, 1.5),
-    "05": (46, 100, 1.5),
+    "04": (60, 85, 1.5),
+    "05": (46, 85, 1.5),
     "06": (10, 150, 2.0),
 }
 """Notebook -> (conditions, harmful requests, requests per harmful one) of a default run on tiny-llama."""
