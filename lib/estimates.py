@@ -3,8 +3,9 @@
     on a CPU     minutes of the notebook on tiny-llama x size of the weights / size of tiny-llama's
     on a GPU     conditions x batches x passes x max(weights / rate, least) + preparation + loading
 
-The minutes were measured on one core of a busy machine. The GPU's rates are assumed, not measured: half the 3.3 TB/s of
-memory bandwidth of an H100-class card, a tenth of its 1 PFLOP/s. An estimate is good to a factor of two or three.
+The minutes were measured on one core beside another notebook. The GPU's rates are assumed, not measured: half of
+3.3 TB/s, the memory bandwidth of an H100-class card, and a tenth of its 1 PFLOP/s. An estimate is good to a factor of
+two or three.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from lib.paths import ROOT, between_markers
 from lib.registry import REGISTRY, gigabytes
 
-MINUTES = {"01": 7.5, "02": 8.0, "03": 6.5, "04": 5.5, "05": 3.5, "06": 1.0}
+MINUTES = {"01": 3.7, "02": 4.7, "03": 5.8, "04": 3.6, "05": 1.6, "06": 0.5}
 """Notebook -> minutes of a default run on tiny-llama, for others see `OTHER_MINUTES`."""
 CONDITIONS = {
     "01": (31, 150, 2.0),
