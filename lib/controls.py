@@ -36,6 +36,7 @@ RUNS: dict[str, tuple[str | None, int]] = {
 DAMAGES = (1.1, 1.2, 1.5, 2.0)  # growth of answer perplexity at which norm noise is compared
 CLOSE_LOOK = (technique("teal", sparsity=0.65, prompt="all"), technique("smoothquant", bits=3))  # for observation 3
 TABLE = ORGANISMS / "controls.csv"
+WHOLE = "whole system"  # a single condition, of which no curve can be drawn
 PAGES = (ROOT / "docs" / "organisms.md", ORGANISMS / MODEL / "README.md")
 
 
@@ -60,7 +61,7 @@ def conditions(search: Study) -> list[Condition]:
     chosen += grid("cats", sparsity=[0.5, 0.75, 0.9])
     chosen += grid("smoothquant", "per token", bits=[5, 4, 3]) + grid("omniquant", "learned", bits=[4, 3])
     chosen += grid("bolt", "fraction bits", fraction_bits=[6, 5, 4])
-    return chosen + [c for name in ("iron", "bumblebee", "nexus") for c in grid(name, "default", published=[False])]
+    return chosen + [c for name in ("iron", "bumblebee", "nexus") for c in grid(name, WHOLE, published=[False])]
 
 
 def observations(study: Study, search: Study, table: pd.DataFrame) -> dict[str, Any]:
@@ -108,8 +109,9 @@ def measure(n_prompts: int = 150) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def markdown(rows: pd.DataFrame, n_prompts: int) -> str:
-    """The table of the runs, and which observations hold on all of them."""
-    cells = ("run", "exact ASR", "harmless answered", "highest ASR while useful", "observation 1", "early - late", "3")
+    """The table of the runs, and which observations survive all of them."""
+    cells = ["run", "exact ASR", "harmless answered", "highest ASR while useful", "observation 1"]
+    cells += ["observation 2", "observation 3"]
     lines = ["| " + " | ".join(cells) + " |", "|" + "---|" * len(cells)]
     for r in rows.to_dict("records"):
         low, middle, high = (100 * r[f"early - late{end}"] for end in (", low", "", ", high"))
@@ -117,20 +119,25 @@ def markdown(rows: pd.DataFrame, n_prompts: int) -> str:
         values += [f"{r['highest ASR while useful']:.0%} ({r['by']})", r["observation 1"]]
         values += [f"{middle:+.0f} [{low:+.0f}, {high:+.0f}]", r["observation 3"]]
         lines.append("| " + " | ".join(values) + " |")
-    first = int((~rows["observation 1"].str.startswith("0 ")).sum())
-    second, n = int((rows["observation 2"] == "held").sum()), len(rows)
+    lost = rows["observation 1"].str.extract(r"^(\d+) of \d+(?: \((.*)\))?$")
+    counts = {"1": lost[0] != "0", "2": rows["observation 2"] == "held"}
+    counts["3"] = rows["observation 3"].map(lambda text: len(set(text.split(" of "))) == 1)
+    by = " and ".join(sorted({name for names in lost[1].dropna() for name in names.split(", ")})) or "nothing"
+    survived = [name for name, held in counts.items() if held.all()]
     text = f"""
-Each run: {n_prompts} harmful requests of the test split. Observation 1, in how many sweeps ASR rises before utility
-goes, shows in {first} of {n} runs. Observation 2, noise in the first third of the layers minus noise in the last, at
-equal damage, in points of ASR, holds in {second} of {n}. Observation 3, harmful states move towards harmless ones, is
-tested for {" and ".join(one.name for one in CLOSE_LOOK)}."""
+Each run: {n_prompts} harmful requests of the test split. Observation 1, ASR rises before utility goes: in how many of
+the sweeps over one technique; it shows in {counts["1"].sum()} of {len(rows)} runs, under {by}.
+Observation 2: ASR under noise in the first third of the layers minus in the last, at equal damage, in points; it holds
+in {counts["2"].sum()} of {len(rows)}. Observation 3, harmful states move towards harmless ones: for how many of
+{" and ".join(one.name for one in CLOSE_LOOK)}; for all of them in {counts["3"].sum()} of {len(rows)}. Observations that
+survive every run: {", ".join(survived) or "none"}."""
     return "\n".join([*lines, text])
 
 
 def main(n_prompts: int = 150) -> None:
     """Measures every run, saves the figure with its rows, and writes the table into the documents."""
     table, rows = measure(n_prompts)
-    shown = table.rename(columns={"model": "run"}).assign(model=table["model"])
+    shown = table[table["variant"] != WHOLE]
     caption = f"ASR of {MODEL} trained six ways: three seeds, two other bases, a lighter alignment."
     figures.save(plots.families(shown), "controls", caption, shown)
     with atomic(TABLE) as temporary:

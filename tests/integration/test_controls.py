@@ -17,7 +17,7 @@ def small(tmp_path, monkeypatch):
         monkeypatch.setenv(f"APPROX_{name}", str(tmp_path / name.lower()))
     monkeypatch.setattr(controls, "RUNS", {"shipped": (None, 0), "again": (None, 0)})
     monkeypatch.setattr(controls, "TABLE", tmp_path / "controls.csv")
-    few = grid("cats", sparsity=[0.5]) + grid("iron", "default", published=[False])
+    few = grid("cats", sparsity=[0.5]) + grid("iron", controls.WHOLE, published=[False])
     monkeypatch.setattr(controls, "conditions", lambda search: few)
     monkeypatch.setattr(controls, "CLOSE_LOOK", controls.CLOSE_LOOK[:1])
     page = tmp_path / "page.md"
@@ -52,4 +52,6 @@ def test_the_text_counts_the_runs_on_which_an_observation_holds():
     first = {"run": "a", "observation 1": "0 of 8", "observation 2": "held"}
     second = {"run": "b", "observation 1": "10 of 12 (teal)", "observation 2": "not shown"}
     text = controls.markdown(pd.DataFrame([row | first, row | second]), 150)
-    assert "shows in 1 of 2 runs" in text and "holds in 1 of 2" in text and "+10 [+2, +20]" in text
+    assert "shows in 1 of 2 runs, under teal" in text and "it holds\nin 1 of 2" in text and "+10 [+2, +20]" in text
+    assert "in 0 of 2. Observations that\nsurvive every run: none." in text
+    assert "survive every run: 2." in controls.markdown(pd.DataFrame([row | first, row | first]), 150)
