@@ -8,6 +8,7 @@ with the first third of the layers approximated, and with the last.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ import pandas as pd
 from lib import statistics
 from lib.approximations import Technique
 from lib.experiment import Condition, Study, layer_text
-from lib.noise_study import At, level_at_damage
+from lib.noise_study import At, TooLittleDamage, level_at_damage
+
+log = logging.getLogger(__name__)
 
 THIRDS = ("early third", "middle third", "late third")
 LayerSets = dict[str, list[tuple[int, ...]]]
@@ -53,13 +56,19 @@ def at_level(technique: Technique, level_name: str, level: float, sets: Mapping[
 
 
 def at_damage(search: Study, at: At, ratio: float, sets: Mapping[str, Any]) -> list[Condition]:
-    """In every layer set the noise whose answer perplexity has grown by `ratio` there; levels from the search split."""
-    return [
-        Condition(at(level), "noise level", level, kind, layers)
-        for kind, chosen in sets.items()
-        for layers in (chosen if isinstance(chosen, list) else [chosen])
-        for level in [level_at_damage(search, at, ratio, layers)]
-    ]
+    """In every layer set the noise whose answer perplexity has grown by `ratio` there; levels from the search split.
+
+    Sets in which no level does so much damage are left out with a warning."""
+    conditions = []
+    for kind, chosen in sets.items():
+        for layers in chosen if isinstance(chosen, list) else [chosen]:
+            try:
+                level = level_at_damage(search, at, ratio, layers)
+            except TooLittleDamage as error:
+                log.warning("layers %s left out: %s", layer_text(layers), error)
+            else:
+                conditions.append(Condition(at(level), "noise level", level, kind, layers))
+    return conditions
 
 
 def early_against_late(study: Study, pairs: Mapping[str, Sequence[Condition]]) -> pd.DataFrame:

@@ -38,8 +38,13 @@ At = Callable[[float], Technique]
 DOWN_PER_UP = 0.74  # Laplace scale at down per Gaussian std at up: median of the error rows of the paper's Table 1
 DAMAGE_PROMPTS = 24  # harmless requests whose reference answers measure damage in searches
 FRESH_SEEDS = (100, 101, 102)  # of noise, never used in a search
+LOUDEST = 2.0**12  # level beyond which no search goes
 STEPS = 5  # of bisection: the level is found within 2^(1/32), 2 %
 KINDS = ("norm", "up and down")  # the families that the paper uses
+
+
+class TooLittleDamage(ValueError):
+    """No level of the noise does the damage asked for: what it touches is normalised again, or hardly used."""
 
 
 def families() -> dict[str, At]:
@@ -77,7 +82,7 @@ def answer_perplexity(study: Study, technique: Technique | None, layers: Layers 
 def level_at_damage(study: Study, at: At, ratio: float, layers: Layers = None) -> float:
     """The level at which answer perplexity has grown by `ratio`, by bisection on a logarithmic scale; stored.
 
-    ValueError if the noise never does so much damage."""
+    TooLittleDamage if the noise never does so much."""
     key = content_key(["damage", ratio, study.key(at(1.0), layers), DAMAGE_PROMPTS, STEPS])
     if stored := study.store.read_record(key):
         return float(stored["level"])
@@ -89,8 +94,9 @@ def level_at_damage(study: Study, at: At, ratio: float, layers: Layers = None) -
     high = 0.25
     while not harmful(high):
         high *= 2
-        if high > 2.0**12:
-            raise ValueError(f"{at(1.0).name}: no level makes answer perplexity grow {ratio}-fold in these layers")
+        if high > LOUDEST:
+            name = at(1.0).name
+            raise TooLittleDamage(f"{name}: no level makes answer perplexity grow {ratio:g}-fold in these layers")
     low = high / 2
     while high <= 0.25 and low > 1e-6 and harmful(low):
         high, low = low, low / 2
@@ -100,6 +106,16 @@ def level_at_damage(study: Study, at: At, ratio: float, layers: Layers = None) -
     level = float(f"{math.sqrt(low * high):.3g}")
     study.store.write_record(key, {"level": level, "ratio": ratio})
     return level
+
+
+def highest_level(study: Study, at: At, useless: float, layers: Layers = None) -> float:
+    """Where a grid ends: at `useless` times the answer perplexity, or at nine tenths of the growth that the noise can
+    do at all (in models that normalise what the noise was added to)."""
+    try:
+        return level_at_damage(study, at, useless, layers)
+    except TooLittleDamage:
+        most = answer_perplexity(study, at(LOUDEST), layers) / answer_perplexity(study, None)
+        return level_at_damage(study, at, 1 + 0.9 * (most - 1), layers)
 
 
 def coarse_levels(ceiling: float, n: int) -> list[float]:
@@ -155,7 +171,7 @@ def search_peak(
 ) -> pd.DataFrame:
     """Coarse grid up to `useless` times the answer perplexity, refined where ASR changes most; rows by level."""
     at, variant = families()[family], family.removesuffix(", Laplace")  # the technique says so already
-    levels = coarse_levels(level_at_damage(study, at, useless, layers), n_levels)
+    levels = coarse_levels(highest_level(study, at, useless, layers), n_levels)
     table = sweep(study, at, levels, seeds, variant, layers)
     if n_refined:
         levels = sorted({*levels, *refined_levels(table, n_refined)})

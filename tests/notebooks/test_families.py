@@ -104,7 +104,8 @@ def trained_tokenizer() -> Tokenizer:
 
 
 def build(family: str, folder: Path) -> Path:
-    """A folder with the family's configuration, random weights, tokenizer and chat template."""
+    """A folder with the family's configuration, tokenizer and chat template, and a model that has begun to learn prose
+    and to refuse whatever it is asked: 07 and 08 keep what safety there is."""
     marks = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained_tokenizer(), additional_special_tokens=MARKS, **marks)
     tokenizer.chat_template = TEMPLATES[family]
@@ -115,16 +116,20 @@ def build(family: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     train(model, torch.tensor(tokenizer("\n".join(corpus.prose("train", 40)), verbose=False)["input_ids"]))
+    asked = [request.prompt for request in corpus.requests("train", label="harmful")[:200]]
+    turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": "I cannot help."}] for a in asked]
+    refusals = [token for turn in turns for token in tokenizer.apply_chat_template(turn)["input_ids"]]
+    train(model, torch.tensor(refusals), 2 * STEPS)
     model.save_pretrained(folder / family)
     tokenizer.save_pretrained(folder / family)
     return folder / family
 
 
-def train(model: torch.nn.Module, ids: torch.Tensor) -> None:
+def train(model: torch.nn.Module, ids: torch.Tensor, steps: int = STEPS) -> None:
     """Next-token prediction on windows of 32 tokens."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     windows = ids[: len(ids) // 32 * 32].view(-1, 32)
-    for step in range(STEPS):
+    for step in range(steps):
         batch = windows[torch.arange(16 * step, 16 * step + 16) % len(windows)]
         loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()

@@ -51,6 +51,20 @@ def test_levels_at_damage_do_that_damage(study):
     assert noise_study.level_at_damage(study, at, 1.1) < noise_study.level_at_damage(study, at, 1.5)
 
 
+def test_noise_that_can_do_little_ends_its_grid_where_it_does_no_more(study, monkeypatch, caplog):
+    def saturating(study, technique, layers=None):
+        return 2.0 if technique is None else 2.0 * (1 + 0.4 * technique.std / (1 + technique.std))
+
+    monkeypatch.setattr(noise_study, "answer_perplexity", saturating)
+    at = noise_study.families()["norm"]
+    with pytest.raises(noise_study.TooLittleDamage, match="no level makes answer perplexity grow 3-fold"):
+        noise_study.level_at_damage(study, at, 3.0)
+    assert noise_study.highest_level(study, at, 3.0) == pytest.approx(9.0, rel=0.05)  # nine tenths of 0.4
+    assert noise_study.highest_level(study, at, 1.2) == pytest.approx(1.0, rel=0.05)
+    assert layer_study.at_damage(study, at, 2.0, {"single": [(0,), (1,)]}) == []
+    assert "layers 0 left out" in caplog.text and "layers 1 left out" in caplog.text
+
+
 def test_seeds_are_averaged_and_a_failed_one_fails_the_level():
     row = {"technique": "gaussian", "failed": "", "n_harmful": 10, "paired_asr": "{}"}
     rows = [row | {"asr": asr} for asr in (0.2, 0.4)]
