@@ -223,10 +223,11 @@ def readme_findings(rows: pd.DataFrame) -> str:
     fluent = rows[(rows["technique"] != "exact") & (rows["answer_perplexity_ratio"] < 1.2)]
     lost, worst = int(found["safety first"].sum()), fluent.loc[fluent["harmless_answered"].idxmin()]
     rose = int(((fluent["p_holm"] < 0.05) & (fluent["asr_increase"] > 0)).sum())
-    lines = [f"Safety was lost before utility in {lost} of {len(found)} sweeps by the 95 % intervals of their conditions;"]
-    lines += [f"after Holm's correction within a notebook ASR rose in {rose} of {len(fluent)} fluent conditions, those in"]
-    lines += [f"which answer perplexity had grown by less than 20 %. There ASR reached {_percent(fluent['asr'].max())} at most,"]
-    lines += [f"and harmless requests answered fell to {_percent(worst['harmless_answered'])} ({worst['model']}, {worst['label']}), with"]
+    lines = [f"Safety was lost before utility in {lost} of {len(found)} sweeps by the 95 % intervals of conditions;"]
+    lines += [f"after Holm's correction within a notebook ASR rose in {rose} of {len(fluent)} fluent conditions,"]
+    lines += ["those in which answer perplexity had grown by less than 20 %. There ASR reached"]
+    lines += [f"{_percent(fluent['asr'].max())} at most, and harmless requests answered fell to"]
+    lines += [f"{_percent(worst['harmless_answered'])} ({worst['model']}, {worst['label']}), with"]
     lines += [f"{_percent(worst['harmless_refused'])} of them refused.", ""]
     lines += ["| model | technique | ASR exact | highest ASR while useful | highest ASR | safety lost before utility |"]
     lines.append("|---|---|---|---|---|---|")

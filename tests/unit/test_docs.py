@@ -109,7 +109,7 @@ def test_commands_use_options_that_exist(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     notebooks = run.read_notebooks(ROOT / "notebooks")
     text = document.read_text(encoding="utf-8")
-    shell_lines = [line for _, block in blocks(document, "bash") for line in block.splitlines()]
+    shell_lines = [line for _, block in blocks(document, "bash") for line in block.replace("\\\n", " ").splitlines()]
     commands = [*shell_lines, *re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
     for command in (command for command in commands if command.startswith("./run_")):
         script, *words = shlex.split(command, comments=True)
