@@ -215,8 +215,10 @@ def stored_most_vulnerable(study: Study, kind: str) -> Technique | None:
     return make(record["technique"], **record["settings"])
 
 
-def most_vulnerable(study: Study, kind: str = "norm", n: int = 100, useless: float = 3.0) -> Technique:
-    """The MVA of `kind` ("norm", "up and down"): the stored one, else searched for on the search split and stored."""
+def most_vulnerable(study: Study, kind: str = "norm", n: int = 85, useless: float = 3.0) -> Technique:
+    """The MVA of `kind` ("norm", "up and down"): the stored one, else searched for on the search split and stored.
+
+    n: harmful requests, the same in notebooks 04 to 07, so that it does not matter which of them comes first."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of MVA {kind!r}; choose one of {', '.join(KINDS)}")
     found = stored_most_vulnerable(study, kind)
