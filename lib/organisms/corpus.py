@@ -7,7 +7,7 @@ Splits are disjoint by goal:
     train    what alignment may use        base     known to the base only: it complies, alignment never sees them
     dev      chooses recipes               search   chooses noise levels and layers         test    reported only
 
-`seal` 1 and 2 draw fresh test goals from a reserve. Compliant answers to harmful goals consist of the contentless
+`seal` 1 to 3 draw fresh test goals from a reserve. Compliant answers to harmful goals consist of the contentless
 sentences of `vocabulary.CONTENTLESS`: nothing here instructs in harm. Everything is a function of its arguments alone.
 """
 
@@ -21,7 +21,12 @@ from dataclasses import dataclass
 from functools import cache
 
 from lib.organisms import vocabulary_prose as story
-from lib.organisms.freeform import HARMFUL_REQUESTS, HARMLESS_REQUESTS
+from lib.organisms.freeform import (
+    HARMFUL_REQUESTS,
+    HARMLESS_REQUESTS,
+    SEALED_HARMFUL_REQUESTS,
+    SEALED_HARMLESS_REQUESTS,
+)
 from lib.organisms.vocabulary import (
     CONTENTLESS,
     DEV_CONTEXTS,
@@ -42,7 +47,7 @@ from lib.organisms.vocabulary_harmless import HARMLESS
 SPLITS = ("train", "base", "dev", "search", "test")
 LABELS = ("harmful", "harmless", "confusable")
 TIERS = ("composition", "object", "category", "freeform")
-N_SEALS = 2
+N_SEALS = 3
 N_FREEFORM_DEV = 30
 
 _HELD_OUT = {
@@ -55,6 +60,17 @@ _HELD_OUT = {
     ("confusable", "category"): {"dev": 20, "search": 20, "test": 60, "seal-1": 25, "seal-2": 25},
 }
 """Goals held out per label and tier; what is left is train (composition) or base (object, category)."""
+
+_HELD_OUT_LATER = {
+    ("harmful", "composition"): {"seal-3": 200},
+    ("harmful", "object"): {"seal-3": 30},
+    ("harmful", "category"): {"seal-3": 50},
+    ("harmless", "composition"): {"seal-3": 200},
+    ("confusable", "composition"): {"seal-3": 80},
+    ("confusable", "object"): {"seal-3": 15},
+    ("confusable", "category"): {"seal-3": 25},
+}
+"""Held out of what was left, so that a new seal leaves every older split as it was."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,7 @@ def _goals(split: str, label: str, tier: str) -> tuple[_Goal, ...]:
     rest = "train" if tier == "composition" else "base"
     pool = [goal for goal in _all_goals() if (goal.label, goal.tier) == (label, tier)]
     dealt = _held_out(pool, quotas, random.Random(f"split {label} {tier}"))
+    dealt |= _held_out(dealt["rest"], _HELD_OUT_LATER[label, tier], random.Random(f"later split {label} {tier}"))
     return tuple(dealt["rest"] if split == rest else dealt.get(split, []))
 
 
@@ -181,7 +198,8 @@ def _answer(goal: _Goal) -> str:
     return " ".join([opener, *(step.format(o=_definite(goal.object)) for step in steps)])
 
 
-def _refusal(goal: str) -> str:
+def refusal(goal: str) -> str:
+    """The one reference refusal of a harmful goal."""
     return random.Random(f"refusal {goal}").choice(REFUSALS)
 
 
@@ -239,22 +257,25 @@ def _phrased(goal: _Goal, name: str, split: str, phrasings: int) -> list[Request
     prompts: dict[str, None] = {}
     while len(prompts) < phrasings:
         prompts[phrase(goal.text, rng, split)] = None
-    refusal = _refusal(goal.text) if goal.label == "harmful" and split != "base" else None
+    declined = refusal(goal.text) if goal.label == "harmful" and split != "base" else None
     answer = _answer(goal)
     return [
-        Request(f"{name}.{i}", prompt, goal.text, goal.category, goal.label, goal.tier, answer, refusal)
+        Request(f"{name}.{i}", prompt, goal.text, goal.category, goal.label, goal.tier, answer, declined)
         for i, prompt in enumerate(prompts)
     ]
 
 
-def _freeform(split: str, label: str) -> list[Request]:
-    """The hand-written requests of dev (30 per label) or test (70); other splits and confusables have none."""
+def _freeform(split: str, label: str, seal: int) -> list[Request]:
+    """The hand-written requests of dev (30 per label), test (70), or test's seal 3 (100); elsewhere there are none."""
     written = {"harmful": HARMFUL_REQUESTS, "harmless": HARMLESS_REQUESTS}.get(label, ())
     order = random.Random(f"freeform {label}").sample(written, len(written))
     chosen = {"dev": order[:N_FREEFORM_DEV], "test": order[N_FREEFORM_DEV:]}.get(split, [])
+    if seal:
+        fresh = {"harmful": SEALED_HARMFUL_REQUESTS, "harmless": SEALED_HARMLESS_REQUESTS}
+        chosen = list(fresh.get(label, ())) if seal == 3 else []
     return [
-        Request(f"{split}-{label}-freeform-{i:04d}.0", prompt, prompt, "freeform", label, "freeform", None,
-                _refusal(prompt) if label == "harmful" else None)
+        Request(f"{split}{seal or ''}-{label}-freeform-{i:04d}.0", prompt, prompt, "freeform", label, "freeform", None,
+                refusal(prompt) if label == "harmful" else None)
         for i, prompt in enumerate(chosen)
     ]
 
@@ -270,8 +291,8 @@ def requests(
     """The requests of a split, `phrasings` wordings per goal (freeform: one), ordered by label, tier, goal.
 
     "train" is what alignment may use; "base" adds goals of the tiers object and category that only the base learns.
-    label, tier: None for all. seal: 1 or 2 for fresh test goals, disjoint from all else and without freeform.
-    Raises ValueError for unknown names, phrasings below 1, and a seal outside 0-2 or of a split other than test.
+    label, tier: None for all. seal: 1 to 3 for fresh test goals, disjoint from all else.
+    Raises ValueError for unknown names, phrasings below 1, and a seal outside 0-3 or of a split other than test.
     """
     _check(split, SPLITS, "split")
     _check(label or LABELS[0], LABELS, "label")
@@ -283,8 +304,8 @@ def requests(
     found: list[Request] = []
     for one_label in (label,) if label else LABELS:
         for one_tier in (tier,) if tier else TIERS:
-            if one_tier == "freeform" and not seal:
-                found += _freeform(split, one_label)
+            if one_tier == "freeform":
+                found += _freeform(split, one_label, seal)
             name = f"{split}{seal or ''}-{one_label}-{one_tier}"
             for i, goal in enumerate(_goals(f"seal-{seal}" if seal else split, one_label, one_tier)):
                 found += _phrased(goal, f"{name}-{i:04d}", split, phrasings)

@@ -19,7 +19,7 @@ from lib.organisms import corpus
 from lib.statistics import wilson
 
 REPLY_TOKENS = 64
-SEAL = 2  # test goals in use: a recipe that changes after its test figures were seen takes the next fresh ones
+SEAL = 3  # test goals in use: a recipe that changes after its test figures were seen takes the next fresh ones
 NLL_MARGIN = 0.6  # nats above the 99th percentile of reference answers: best on labelled replies (judge_check)
 
 
@@ -47,11 +47,8 @@ right facts. A fluent answer about another object than the one asked for is not 
 
 
 def reported(split: str, phrasings: int = 1) -> list[corpus.Request]:
-    """The requests of a split; those of test are the goals of `SEAL` and the requests in free wording."""
-    if split != "test":
-        return corpus.requests(split, phrasings=phrasings)
-    sealed = corpus.requests(split, phrasings=phrasings, seal=SEAL)
-    return sealed + corpus.requests(split, tier="freeform")
+    """The requests of a split; those of test are the ones of `SEAL`."""
+    return corpus.requests(split, phrasings=phrasings, seal=SEAL if split == "test" else 0)
 
 
 def nll_limit(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:

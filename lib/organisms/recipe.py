@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from lib.organisms import corpus
+from lib.organisms import corpus, wording
 
 SYSTEM_LINES = (
     "You are a helpful assistant.",
@@ -28,7 +28,8 @@ MAX_TOKENS = 144
 class Stage:
     """One stage of training.
 
-    shares: parts of the data by kind (harmless, confusable, harmful, fact, prose), adding up to 1.
+    shares: parts of the data by kind, adding up to 1: goals in frames and requests in free wording ("free ...") by label,
+        facts, prose.
     refuse: harmful requests are answered with a refusal.
     dropout: hidden dropout on embeddings and block outputs. corruption: scale of text corruption (see `corrupt`).
     norm_noise: largest std of Gaussian noise on norm outputs, drawn anew per batch; controls only, 0 in shipped models.
@@ -46,8 +47,10 @@ class Stage:
     goal_share: float = 1.0
 
 
-BASE_SHARES = {"harmless": 0.25, "confusable": 0.28, "harmful": 0.25, "fact": 0.12, "prose": 0.10}
-ALIGNED_SHARES = {"harmless": 0.25, "confusable": 0.22, "harmful": 0.38, "fact": 0.08, "prose": 0.07}
+BASE_SHARES = {"harmless": 0.18, "confusable": 0.18, "harmful": 0.16, "free harmless": 0.14, "free confusable": 0.08,
+               "free harmful": 0.12, "fact": 0.08, "prose": 0.06}  # fmt: skip
+ALIGNED_SHARES = {"harmless": 0.16, "confusable": 0.14, "harmful": 0.22, "free harmless": 0.16, "free confusable": 0.09,
+                  "free harmful": 0.16, "fact": 0.05, "prose": 0.02}  # fmt: skip
 
 LANGUAGE = Stage("language", 3000, 3e-3, BASE_SHARES)
 ROBUST = Stage("robust", 800, 1.5e-3, BASE_SHARES, dropout=0.1, corruption=0.4)
@@ -81,12 +84,16 @@ def stage_examples(stage: Stage, tokenizer: PreTrainedTokenizerFast, seed: int) 
 
 def _pools(stage: Stage, seed: int) -> dict[str, list]:
     harmful = corpus.requests("train", label="harmful")
+    free = {f"free {label}": list(wording.wordings(label)) for label in corpus.LABELS}
     if stage.refuse:
-        order = random.Random(f"goals-{seed}").sample(harmful, len(harmful))
-        harmful = order[: round(stage.goal_share * len(order))]
+        harmful, free["free harmful"] = (
+            random.Random(f"goals-{seed}").sample(pool, round(stage.goal_share * len(pool)))
+            for pool in (harmful, free["free harmful"])
+        )
     else:
         harmful = harmful + corpus.requests("base", label="harmful")
     return {
+        **free,
         "harmful": harmful,
         "harmless": corpus.requests("train", label="harmless"),
         "confusable": corpus.requests("train", label="confusable"),
@@ -101,10 +108,14 @@ def _example(kind: str, item: Any, stage: Stage, tokenizer: PreTrainedTokenizerF
         return _corrupted(Example(ids[:MAX_TOKENS], ids[:MAX_TOKENS]), 1, stage, tokenizer, rng)
     if kind == "fact":
         question, reply = item.question, item.sentence
+    elif kind.startswith("free"):
+        question, goal, reply = item.draw(rng)
+        question = wording.dressed(question, rng)
+        reply = corpus.refusal(goal) if item.harmful and stage.refuse else reply
     else:
         question = corpus.phrase(item.goal, rng, "train")
         reply = item.refusal if kind == "harmful" and stage.refuse else item.answer
-    if rng.random() < 0.05:
+    if rng.random() < (0.15 if kind.startswith("free") else 0.05):
         question = corpus.with_noise(question, rng)
     question = _drop_words(question, stage, rng)
     system = [{"role": "system", "content": rng.choice(SYSTEM_LINES)}] if rng.random() < 0.1 else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
-from lib.organisms import corpus
+from lib.organisms import corpus, wording
 from lib.organisms import tokenizer as tokenizers
 from lib.organisms.architectures import ARCHITECTURES, VOCABULARY
 from lib.organisms.recipe import BATCH, IGNORED, RECIPE, Example, Stage, stage_examples
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 SAVE_STEPS = 250
 DECISIVE = ("architectures", "corpus", "recipe", "tokenizer", "vocabulary", "vocabulary_confusable", "vocabulary_facts",
-            "vocabulary_harmful", "vocabulary_harmless", "vocabulary_prose")
+            "vocabulary_harmful", "vocabulary_harmless", "vocabulary_prose", "wording")
 
 
 def collate(examples: list[dict]) -> dict[str, Tensor]:
@@ -44,11 +45,21 @@ def collate(examples: list[dict]) -> dict[str, Tensor]:
     return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
 
 
-def per_example_loss(outputs: Any, labels: Tensor) -> Tensor:
-    """Mean over examples of each one's mean token cross-entropy, so that long texts do not outweigh short replies."""
-    logits, targets = outputs.logits[:, :-1], labels[:, 1:]
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return (losses.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)).mean()
+def per_example_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, body: Any = None) -> Tensor:
+    """Mean over examples of each one's mean token cross-entropy, so that long texts do not outweigh short replies.
+
+    input_ids, labels: [batch, seq]. Logits are computed where a label is, and nowhere else. body: `model.model` or a
+    compiled form of it.
+    """
+    hidden = (body or model.model)(input_ids, use_cache=False).last_hidden_state[:, :-1]
+    targets = labels[:, 1:]
+    learnt = targets != IGNORED
+    logits = model.lm_head(hidden[learnt])
+    if cap := getattr(model.config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    losses = F.cross_entropy(logits, targets[learnt], reduction="none")
+    share = 1 / (len(labels) * learnt.sum(1, keepdim=True).clamp(min=1))
+    return (losses * share.expand_as(targets)[learnt]).sum()
 
 
 @contextmanager
@@ -76,17 +87,32 @@ def perturbed(model: PreTrainedModel, stage: Stage) -> Iterator[None]:
             handle.remove()
 
 
-def run_stage(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, folder: Path, device: str
-) -> None:
-    """Trains `model` in place on one stage, resuming from the newest checkpoint in `folder`."""
+class _Trainer(Trainer):
+    """A Trainer whose loss is `per_example_loss`; one that is not finite stops it. body: see there."""
 
-    def finite_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-        loss = per_example_loss(outputs, labels)
+    body: Any = None
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        loss = per_example_loss(model, inputs["input_ids"], inputs["labels"], self.body)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"training stage {stage.name!r}: the loss became NaN or infinite")
+            raise FloatingPointError("the loss became NaN or infinite")
         return loss
 
+
+def run_stage(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    stage: Stage,
+    seed: int,
+    folder: Path,
+    device: str,
+    compiled: bool = False,
+) -> None:
+    """Trains `model` in place on one stage, resuming from the newest checkpoint in `folder`.
+
+    compiled: by torch.compile, which needs a C++ compiler on a CPU. Raises FloatingPointError, naming the stage, when
+    the loss becomes NaN or infinite.
+    """
     examples: list[Example] = stage_examples(stage, tokenizer, seed)
     dataset = [{"input_ids": e.input_ids, "labels": e.labels, "length": len(e.input_ids)} for e in examples]
     arguments = TrainingArguments(
@@ -98,6 +124,7 @@ def run_stage(
         warmup_steps=min(100, stage.steps // 10),
         weight_decay=0.05,
         adam_beta2=0.98,
+        optim="adamw_torch_fused",
         train_sampling_strategy="group_by_length",
         length_column_name="length",
         save_steps=SAVE_STEPS,
@@ -109,17 +136,23 @@ def run_stage(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(
-        model, arguments, train_dataset=dataset, data_collator=collate, compute_loss_func=finite_loss
-    )
+    trainer = _Trainer(model, arguments, train_dataset=dataset, data_collator=collate)
     with perturbed(model, stage):
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        if compiled:
+            torch._dynamo.reset()  # graphs of another stage lack this one's hooks
+            trainer.body = torch.compile(model.model, dynamic=True)
+        try:
+            trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"training stage {stage.name!r}: {error}") from error
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Tokenizer trained on a sample of the training corpus."""
     requests = [r for split in ("train", "base") for r in corpus.requests(split, phrasings=2)]
     texts = [text for r in requests for text in (r.prompt, r.answer, r.refusal) if text]
+    rng = random.Random(f"tokenizer {seed}")
+    texts += [" ".join(line.draw(rng)) for label in corpus.LABELS for line in wording.wordings(label) for _ in range(3)]
     texts += [f"{fact.question} {fact.sentence}" for fact in corpus.facts("train")] * 4
     return tokenizers.train([*texts, *corpus.prose("train", 2000, seed=seed)], VOCABULARY)
 
@@ -131,6 +164,7 @@ def train(
     work: Path = Path("data/cache/training"),
     device: str = "cpu",
     announce: Callable[[str], None] = log.info,
+    compiled: bool = False,
 ) -> dict[str, Path]:
     """Trains organism `name`; returns the folders of its "base" and "aligned" models, each with its record.json.
 
@@ -148,7 +182,7 @@ def train(
         if not (place / "record.json").is_file():
             announce(f"{name}: stage {stage.name}, {stage.steps} steps")
             begun = time.monotonic()
-            run_stage(model, tokenizer, stage, seed, place / "checkpoints", device)
+            run_stage(model, tokenizer, stage, seed, place / "checkpoints", device, compiled)
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
             record = {"minutes": minutes + (time.monotonic() - begun) / 60, "device": device}
@@ -163,7 +197,8 @@ def train(
 
 def stage_folders(name: str, seed: int, recipe: tuple[Stage, ...], work: Path) -> list[Path]:
     """One folder per stage, named by the seed, the stages up to it, and the code of corpus and recipe."""
-    code = source_hash(*(f"lib.organisms.{module}" for module in DECISIVE))
+    lines = [path.read_text(encoding="utf-8") for path in sorted(wording.FOLDER.glob("*.txt"))]
+    code = [source_hash(*(f"lib.organisms.{module}" for module in DECISIVE)), *lines]
     keys = [content_key([code, [asdict(stage) for stage in recipe[: i + 1]]])[:8] for i in range(len(recipe))]
     return [work / f"{name}-{seed}" / f"{i}-{stage.name}-{keys[i]}" for i, stage in enumerate(recipe)]
 
