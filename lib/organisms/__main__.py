@@ -29,15 +29,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--control", choices=CONTROLS, help="train a control instead; it goes into the cache")
     parser.add_argument("--work", type=Path, default=cache_folder() / "training", help="checkpoints and logs")
-    parser.add_argument("--compile", action="store_true", help="a fifth faster where a C++ compiler is installed")
     parser.add_argument("--despite", action="store_true", help="ship although a bar is missed; the card then says so")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     control, seed, device = arguments.control, arguments.seed, best_device(arguments.device)
     for name in arguments.names:
-        missed = make(name, control, seed, arguments.work, device, tqdm.write, not arguments.despite,
-                      arguments.compile)
+        missed = make(name, control, seed, arguments.work, device, tqdm.write, must_pass=not arguments.despite)
         kept = bool(control or seed or arguments.despite)
         if missed:
             tqdm.write(f"{name} {'is kept' if kept else 'does not ship'}, dev misses: " + "; ".join(missed))

@@ -1,6 +1,7 @@
 """Requests written by hand in free wording, as people type them: no frame, no grid; 200 harmful, 200 harmless.
 
-The sealed ones were written later, once the first ones had been measured, by a writer who saw no training text. They tell whether refusals reach beyond the generated language. Headlines only: no request holds an instruction.
+The sealed ones were written later, once the first ones had been measured, by a writer who saw no training text. They
+tell whether refusals reach beyond the generated language. Headlines only: no request holds an instruction.
 """
 
 from __future__ import annotations

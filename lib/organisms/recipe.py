@@ -28,8 +28,8 @@ MAX_TOKENS = 144
 class Stage:
     """One stage of training.
 
-    shares: parts of the data by kind, adding up to 1: goals in frames and requests in free wording ("free ...") by label,
-        facts, prose.
+    shares: parts of the data by kind, adding up to 1: goals in frames and requests in free wording ("free ...") by
+        label, facts, prose.
     refuse: harmful requests are answered with a refusal.
     dropout: hidden dropout on embeddings and block outputs. corruption: scale of text corruption (see `corrupt`).
     norm_noise: largest std of Gaussian noise on norm outputs, drawn anew per batch; controls only, 0 in shipped models.
@@ -52,9 +52,9 @@ BASE_SHARES = {"harmless": 0.18, "confusable": 0.18, "harmful": 0.16, "free harm
 ALIGNED_SHARES = {"harmless": 0.16, "confusable": 0.14, "harmful": 0.22, "free harmless": 0.16, "free confusable": 0.09,
                   "free harmful": 0.16, "fact": 0.05, "prose": 0.02}  # fmt: skip
 
-LANGUAGE = Stage("language", 3000, 3e-3, BASE_SHARES)
-ROBUST = Stage("robust", 800, 1.5e-3, BASE_SHARES, dropout=0.1, corruption=0.4)
-ALIGNMENT = Stage("alignment", 1600, 1e-3, ALIGNED_SHARES, refuse=True, schedule="linear")
+LANGUAGE = Stage("language", 2800, 3e-3, BASE_SHARES)
+ROBUST = Stage("robust", 700, 1.5e-3, BASE_SHARES, dropout=0.1, corruption=0.4)
+ALIGNMENT = Stage("alignment", 1500, 1e-3, ALIGNED_SHARES, refuse=True, schedule="linear")
 RECIPE = (LANGUAGE, ROBUST, ALIGNMENT)
 BATCH = 16
 PROMPT_LOSS = 0.3  # share of base examples whose prompt carries loss too
@@ -86,10 +86,8 @@ def _pools(stage: Stage, seed: int) -> dict[str, list]:
     harmful = corpus.requests("train", label="harmful")
     free = {f"free {label}": list(wording.wordings(label)) for label in corpus.LABELS}
     if stage.refuse:
-        harmful, free["free harmful"] = (
-            random.Random(f"goals-{seed}").sample(pool, round(stage.goal_share * len(pool)))
-            for pool in (harmful, free["free harmful"])
-        )
+        harmful = _share(harmful, stage.goal_share, seed)
+        free["free harmful"] = _share(free["free harmful"], stage.goal_share, seed)
     else:
         harmful = harmful + corpus.requests("base", label="harmful")
     return {
@@ -100,6 +98,11 @@ def _pools(stage: Stage, seed: int) -> dict[str, list]:
         "fact": corpus.facts("train"),
         "prose": corpus.prose("train", 6000, seed=seed),
     }
+
+
+def _share(pool: list, share: float, seed: int) -> list:
+    """That share of a pool, in random order."""
+    return random.Random(f"goals-{seed}").sample(pool, round(share * len(pool)))
 
 
 def _example(kind: str, item: Any, stage: Stage, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Example:

@@ -61,14 +61,13 @@ def make(
     device: str = "cpu",
     announce: Callable[[str], None] = log.info,
     must_pass: bool = True,
-    compiled: bool = False,
 ) -> list[str]:
     """Trains the organism, or finds it trained, and ships it; returns the bars that dev misses.
 
     Controls and seeds other than 0 are kept under `controls_folder()`, whatever their quality.
     """
     recipe = CONTROLS[control] if control else RECIPE
-    folders = train(name, seed, recipe, work or cache_folder() / "training", device, announce, compiled)
+    folders = train(name, seed, recipe, work or cache_folder() / "training", device, announce)
     kept = control or (f"seed-{seed}" if seed else "")
     return ship(name, folders, recipe, seed, controls_folder() / kept if kept else ORGANISMS, must_pass and not kept)
 

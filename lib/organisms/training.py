@@ -45,13 +45,12 @@ def collate(examples: list[dict]) -> dict[str, Tensor]:
     return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
 
 
-def per_example_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, body: Any = None) -> Tensor:
+def per_example_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
     """Mean over examples of each one's mean token cross-entropy, so that long texts do not outweigh short replies.
 
-    input_ids, labels: [batch, seq]. Logits are computed where a label is, and nowhere else. body: `model.model` or a
-    compiled form of it.
+    input_ids, labels: [batch, seq]. Logits are computed where a label is, and nowhere else.
     """
-    hidden = (body or model.model)(input_ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = model.model(input_ids, use_cache=False).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
     learnt = targets != IGNORED
     logits = model.lm_head(hidden[learnt])
@@ -88,30 +87,21 @@ def perturbed(model: PreTrainedModel, stage: Stage) -> Iterator[None]:
 
 
 class _Trainer(Trainer):
-    """A Trainer whose loss is `per_example_loss`; one that is not finite stops it. body: see there."""
-
-    body: Any = None
+    """A Trainer whose loss is `per_example_loss`; one that is not finite stops it."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        loss = per_example_loss(model, inputs["input_ids"], inputs["labels"], self.body)
+        loss = per_example_loss(model, inputs["input_ids"], inputs["labels"])
         if not torch.isfinite(loss):
             raise FloatingPointError("the loss became NaN or infinite")
         return loss
 
 
 def run_stage(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    stage: Stage,
-    seed: int,
-    folder: Path,
-    device: str,
-    compiled: bool = False,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, folder: Path, device: str
 ) -> None:
     """Trains `model` in place on one stage, resuming from the newest checkpoint in `folder`.
 
-    compiled: by torch.compile, which needs a C++ compiler on a CPU. Raises FloatingPointError, naming the stage, when
-    the loss becomes NaN or infinite.
+    Raises FloatingPointError, naming the stage, when the loss becomes NaN or infinite.
     """
     examples: list[Example] = stage_examples(stage, tokenizer, seed)
     dataset = [{"input_ids": e.input_ids, "labels": e.labels, "length": len(e.input_ids)} for e in examples]
@@ -138,9 +128,6 @@ def run_stage(
     )
     trainer = _Trainer(model, arguments, train_dataset=dataset, data_collator=collate)
     with perturbed(model, stage):
-        if compiled:
-            torch._dynamo.reset()  # graphs of another stage lack this one's hooks
-            trainer.body = torch.compile(model.model, dynamic=True)
         try:
             trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
         except FloatingPointError as error:
@@ -164,7 +151,6 @@ def train(
     work: Path = Path("data/cache/training"),
     device: str = "cpu",
     announce: Callable[[str], None] = log.info,
-    compiled: bool = False,
 ) -> dict[str, Path]:
     """Trains organism `name`; returns the folders of its "base" and "aligned" models, each with its record.json.
 
@@ -182,7 +168,7 @@ def train(
         if not (place / "record.json").is_file():
             announce(f"{name}: stage {stage.name}, {stage.steps} steps")
             begun = time.monotonic()
-            run_stage(model, tokenizer, stage, seed, place / "checkpoints", device, compiled)
+            run_stage(model, tokenizer, stage, seed, place / "checkpoints", device)
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
             record = {"minutes": minutes + (time.monotonic() - begun) / 60, "device": device}

@@ -21,8 +21,8 @@ from lib.organisms.vocabulary import CONTENTLESS, OPENERS, TRAIN_CONTEXTS, liste
 
 FOLDER = Path(__file__).parent / "wording"
 
-LEADS = listed("""Hi!, Hello., Hey!, Good morning., Good evening., Excuse me., Quick question., One more thing., Please help.,
-    Sorry to bother you., I have a question., Me again., Listen., Honestly?, Ok so., Well.""")
+LEADS = listed("""Hi!, Hello., Hey!, Good morning., Good evening., Excuse me., Quick question., One more thing.,
+    Please help., Sorry to bother you., I have a question., Me again., Listen., Honestly?, Ok so., Well.""")
 
 STEPS = {
     "do": (("First, look at {o} and take your time.", "First, gather what you need for {o}."),
@@ -60,7 +60,8 @@ class Wording:
     def _reply(self, goal: str, noun: str) -> str:
         rng = random.Random(f"answer {goal}")
         opener = _OPENINGS.get(self.kind) or rng.choices(list(OPENERS), list(OPENERS.values()))[0]
-        steps = [rng.choice(variants).format(o=noun) for variants in (CONTENTLESS if self.harmful else STEPS[self.kind])]
+        slots = CONTENTLESS if self.harmful else STEPS[self.kind]
+        steps = [rng.choice(variants).format(o=noun) for variants in slots]
         return " ".join([opener.format(x=goal), *steps])
 
 
