@@ -61,6 +61,6 @@ def test_alignment_learns_replies_only_and_refuses(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_stage_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "per_example_loss", lambda outputs, labels, **_: outputs.logits.sum() * float("nan"))
+    monkeypatch.setattr(training, "per_example_loss", lambda model, *_: model.lm_head.weight.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match="training stage 'robust'"):
         training.train(NAME, 0, SHORT, tmp_path)

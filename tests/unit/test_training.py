@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from torch.nn import functional as F
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lib.organisms import recipe, training
-from lib.organisms.recipe import CONTROLS, LANGUAGE, RECIPE, ROBUST
+from lib.organisms.recipe import CONTROLS, IGNORED, LANGUAGE, RECIPE, ROBUST
 from lib.paths import ORGANISMS
 
 STAGE = replace(ROBUST, steps=4)
@@ -41,11 +42,11 @@ def test_a_killed_stage_resumes_to_the_same_weights(tokenizer, tmp_path, monkeyp
 
     calls, loss = [], training.per_example_loss
 
-    def killed(outputs, labels):
+    def killed(*args):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return loss(outputs, labels)
+        return loss(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "per_example_loss", killed)
@@ -57,7 +58,7 @@ def test_a_killed_stage_resumes_to_the_same_weights(tokenizer, tmp_path, monkeyp
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_stage_named(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "per_example_loss", lambda outputs, labels: outputs.logits.sum() * torch.nan)
+    monkeypatch.setattr(training, "per_example_loss", lambda model, *_: model.lm_head.weight.sum() * torch.nan)
     with pytest.raises(FloatingPointError, match="robust"):
         trained(tokenizer, tmp_path)
 
@@ -75,6 +76,7 @@ def test_the_light_alignment_sees_30_percent_of_the_safety_goals():
     full, light = (recipe._pools(stages[-1], 0) for stages in (RECIPE, CONTROLS["light-alignment"]))
     assert len(light["harmful"]) == round(0.3 * len(full["harmful"]))
     assert {r.goal for r in light["harmful"]} < {r.goal for r in full["harmful"]}
+    assert len(light["free harmful"]) == round(0.3 * len(full["free harmful"]))
     assert light["harmless"] == full["harmless"] and light["confusable"] == full["confusable"]
 
 
@@ -91,3 +93,22 @@ def test_perturbation_ends_with_the_stage(tokenizer):
     with training.perturbed(model, replace(ROBUST, norm_noise=1.0)):
         assert not torch.equal(model(ids).logits, before)
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_the_loss_is_that_of_all_logits_with_the_unlabelled_left_out(tokenizer, cap):
+    """Soft-capping included, which the model's own head applies."""
+    if cap:
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = Gemma2Config(vocab_size=64, head_dim=8, num_key_value_heads=2, final_logit_softcapping=cap, **sizes)
+        model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
+    else:
+        model = small_model(tokenizer)
+    ids = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :5], labels[1, 2:], labels[2, 4] = IGNORED, IGNORED, IGNORED
+    every = F.cross_entropy(
+        model(ids).logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+    )
+    expected = (every.sum(1) / (labels[:, 1:] != IGNORED).sum(1)).mean()
+    torch.testing.assert_close(training.per_example_loss(model, ids, labels), expected)
