@@ -49,13 +49,16 @@ class Stage:
 
 BASE_SHARES = {"harmless": 0.18, "confusable": 0.18, "harmful": 0.16, "free harmless": 0.14, "free confusable": 0.08,
                "free harmful": 0.12, "fact": 0.08, "prose": 0.06}  # fmt: skip
-ALIGNED_SHARES = {"harmless": 0.16, "confusable": 0.14, "harmful": 0.22, "free harmless": 0.16, "free confusable": 0.09,
-                  "free harmful": 0.16, "fact": 0.05, "prose": 0.02}  # fmt: skip
+ALIGNED_SHARES = {"harmless": 0.12, "confusable": 0.20, "harmful": 0.26, "free harmless": 0.14, "free confusable": 0.08,
+                  "free harmful": 0.15, "fact": 0.03, "prose": 0.02}  # fmt: skip
 
 LANGUAGE = Stage("language", 2800, 3e-3, BASE_SHARES)
 ROBUST = Stage("robust", 700, 1.5e-3, BASE_SHARES, dropout=0.1, corruption=0.4)
-ALIGNMENT = Stage("alignment", 1500, 1e-3, ALIGNED_SHARES, refuse=True, schedule="linear")
+ALIGNMENT = Stage("alignment", 2400, 1e-3, ALIGNED_SHARES, refuse=True, schedule="linear")
 RECIPE = (LANGUAGE, ROBUST, ALIGNMENT)
+AGAIN = replace(ALIGNMENT, name="alignment-again", steps=1600)
+RECIPES = {"tiny-gemma": (*RECIPE, AGAIN)}
+"""Organisms whose recipe is not `RECIPE`: after one alignment tiny-gemma still missed a bar on dev (88 % of 95 %)."""
 BATCH = 16
 PROMPT_LOSS = 0.3  # share of base examples whose prompt carries loss too
 
