@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lib import summary
 from lib.approximations import Technique
+from lib.errors import PlainError
 from lib.experiment import Study
 from lib.generation import NonFiniteError, generate
 from lib.judging import JUDGE_VERSION
@@ -44,7 +45,7 @@ TEMPLATES = (
 )
 
 
-class GCGMissing(ImportError):
+class GCGMissing(PlainError, ImportError):
     """nanogcg is not installed; the message says how to get it."""
 
 

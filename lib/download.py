@@ -29,6 +29,8 @@ import requests
 import tenacity
 from tqdm.auto import tqdm
 
+from lib.errors import PlainError
+
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 4  # per address
@@ -39,7 +41,7 @@ Row = dict[str, str | None]
 PUBLIC_KEYS = ("id", "prompt", "category", "label", "split", "origin", "note", "source")
 
 
-class DataError(RuntimeError):
+class DataError(PlainError, RuntimeError):
     """Data that is missing, damaged or not what its checksum says; the message is one line."""
 
 

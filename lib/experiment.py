@@ -29,10 +29,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import calibration, judging, models, prompts, refusal_score, statistics, summary, utility
+from lib.anatomy import anatomy
 from lib.approximations import State, Technique, make
+from lib.errors import ChoiceError, choosing
 from lib.generation import NonFiniteError, generate
 from lib.organisms import corpus
-from lib.patching import Hits, approximated
+from lib.patching import Hits, approximated, check_layers
 from lib.results import Store, content_key, provenance, rejudging, source_hash, store_for
 
 log = logging.getLogger(__name__)
@@ -59,15 +61,18 @@ def grid(
 ) -> list[Condition]:
     """Conditions of technique `name` along one setting: grid("teal", sparsity=(0.25, 0.5), fixed={"prompt": "all"}).
 
-    Settings without numbers are levelled by their place. ValueError unless exactly one setting is varied.
+    Settings without numbers are levelled by their place. ValueError unless exactly one setting is varied; ChoiceError
+    for an unknown technique, setting or level.
     """
     if len(dose) != 1:
         raise ValueError(f"vary exactly one setting of {name}, not {', '.join(dose) or 'none'}")
     ((setting, levels),) = dose.items()
     axis = setting.replace("_", " ")
+    with choosing():
+        techniques = [make(name, **{setting: level}, **(fixed or {})) for level in levels]
     return [
-        Condition(make(name, **{setting: level}, **(fixed or {})), axis, _number(level, place), variant, layers)
-        for place, level in enumerate(levels)
+        Condition(technique, axis, _number(level, place), variant, layers)
+        for place, (technique, level) in enumerate(zip(techniques, levels, strict=True))
     ]
 
 
@@ -138,7 +143,12 @@ class Study:
         return pd.DataFrame({"value": facts})
 
     def check_patch(self, technique: Technique, layers: Layers = None) -> pd.DataFrame:
-        """Where a technique acts on a few prompts, how much it changes, and that the model is restored bit for bit."""
+        """Where a technique acts on a few prompts, how much it changes, and that the model is restored bit for bit.
+
+        ChoiceError for layers that the model does not have.
+        """
+        with choosing():
+            check_layers(layers, len(anatomy(self.model).blocks))
         texts, special = prompts.render(self.tokenizer, [p.prompt for p in self.prompts[:4]], self.protocol)
         batch = self.tokenizer(texts, add_special_tokens=special, padding=True, return_tensors="pt")
         batch = {key: value.to(self.model.device) for key, value in batch.items() if key != "token_type_ids"}
@@ -394,14 +404,15 @@ def open_study(
     """Loads model, fluency judge and prompts: up to `n_prompts` harmful, and half as many harmless and confusable.
 
     prompt_set "organism": this project's own sets. Any other set is joined by Alpaca's harmless and XSTest's safe
-    requests; utility texts are then WikiText-2, and calibration texts Alpaca's requests.
+    requests; utility texts are then WikiText-2, and calibration texts Alpaca's requests. ModelError or ChoiceError, in
+    one line, for what cannot be had.
     """
-    if protocol not in prompts.PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; choose one of {', '.join(prompts.PROTOCOLS)}")
+    _check(protocol, n_prompts, max_new_tokens, batch_size)
+    with choosing():
+        asked = _prompts(prompt_set, split, n_prompts, seed)
     network, tokenizer = models.load(model, device, dtype)
     base_name = models.base_of(model)
     judge_file = Path(models.resolve(model), "judge.json")
-    asked = _prompts(prompt_set, split, n_prompts, seed)
     own = prompt_set == "organism"
     return Study(
         name=model,
@@ -421,6 +432,17 @@ def open_study(
         seed=seed,
         store=store_for(model),
     )
+
+
+def _check(protocol: str, n_prompts: int, max_new_tokens: int, batch_size: int | str) -> None:
+    """ChoiceError for a parameter of `open_study` that cannot be; those of the model are checked as it is loaded."""
+    if protocol not in prompts.PROTOCOLS:
+        raise ChoiceError(f"unknown protocol {protocol!r}; choose one of {', '.join(prompts.PROTOCOLS)}")
+    for name, value in (("n_prompts", n_prompts), ("max_new_tokens", max_new_tokens)):
+        if not isinstance(value, int) or value < 1:
+            raise ChoiceError(f"{name} cannot be {value!r}; give a whole number from 1")
+    if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
+        raise ChoiceError(f"batch_size cannot be {batch_size!r}; give a whole number from 1, or auto")
 
 
 def _judge_attention(model: str) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lib import hidden_states, refusal_score, state_plots
 from lib.approximations import Technique, make
+from lib.errors import PlainError
 from lib.experiment import Layers, Study, describe, open_study
 from lib.figures import Figure
 from lib.generation import generate
@@ -37,6 +38,8 @@ DOSES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "laplace": ("scale", (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)),
 }
 """The setting that the panel varies, and its choices."""
+LOOK = "look"  # on the button
+LABELS = {"description_width": "95px"}  # the default cuts "fraction bits" off
 
 
 @dataclass(frozen=True)
@@ -121,30 +124,32 @@ class Panel:
         """models: what the reader may switch to; options: further arguments of `open_study` for that."""
         self.explorer, self.options, self.seen = explorer, options, ""
         name = explorer.study.name
-        self.model = widgets.Dropdown(options=list(dict.fromkeys([name, *models])), value=name, description="model")
-        self.technique = widgets.Dropdown(options=list(DOSES), value="teal", description="technique")
-        self.dose = widgets.SelectionSlider(options=[0], description="setting", continuous_update=False)
-        self.layers = widgets.IntRangeSlider(min=0, max=explorer.n_layers - 1, description="layers")
+        names = list(dict.fromkeys([name, *models]))
+        self.model = widgets.Dropdown(options=names, value=name, description="model", style=LABELS)
+        self.technique = widgets.Dropdown(options=list(DOSES), value="teal", description="technique", style=LABELS)
+        self.dose = widgets.SelectionSlider(options=[0], continuous_update=False, style=LABELS)
+        self.layers = widgets.IntRangeSlider(min=0, max=explorer.n_layers - 1, description="layers", style=LABELS)
         self.request = widgets.Combobox(options=explorer.requests, placeholder="type or pick a request",
-                                        description="request", layout={"width": "90%"})  # fmt: skip
-        self.go = widgets.Button(description="look", button_style="primary")
+                                        description="request", style=LABELS, layout={"width": "90%"})  # fmt: skip
+        self.go = widgets.Button(description=LOOK, button_style="primary")
         self.ask = widgets.ToggleButton(description="show the reply", disabled=True)
         self.result, self.reply = widgets.HTML(), widgets.HTML()
         self.image = widgets.Image(format="png", layout={"max_width": "770px"})  # as drawn; a box would stretch it
+        self._picture(b"")
         self.model.observe(self._switch, "value")
         self.technique.observe(self._choose, "value")
         self.go.on_click(self._look)
         self.ask.observe(self._show, "value")
         self._choose()
         self._reset_layers()
-        choices = widgets.HBox([self.model, self.technique, self.dose, self.layers])
-        self.widget = widgets.VBox(
-            [choices, self.request, widgets.HBox([self.go, self.ask]), self.result, self.image, self.reply]
-        )
+        rows = [[self.model, self.technique], [self.dose, self.layers], [self.request], [self.go, self.ask]]
+        boxes = [widgets.HBox(row) for row in rows]
+        self.widget = widgets.VBox([*boxes, self.result, self.image, self.reply])
 
     def _choose(self, *_: Any) -> None:
         setting, levels = DOSES[self.technique.value]
-        self.dose.options, self.dose.description = [(f"{level:g}", level) for level in levels], setting
+        self.dose.options = [(f"{level:g}", level) for level in levels]
+        self.dose.description = setting.replace("_", " ")
         self.dose.value = levels[len(levels) // 2]
 
     def _reset_layers(self) -> None:
@@ -153,10 +158,14 @@ class Panel:
         self.request.options = self.explorer.requests
 
     def _switch(self, *_: Any) -> None:
-        self.result.value = f"loading {html.escape(self.model.value)} ..."
-        self.explorer = Explorer(open_study(self.model.value, **self.options))
+        self._clear(f"loading {self.model.value} ...")
+        try:
+            self.explorer = Explorer(open_study(self.model.value, **self.options))
+        except PlainError as error:
+            self._clear(f"{error}; still at {self.explorer.study.name}")
+            return
         self._reset_layers()
-        self.result.value = ""
+        self._clear("")
 
     def chosen(self) -> Technique:
         """The technique as the widgets say; TEAL on the whole prompt, so that one request shows its effect."""
@@ -164,17 +173,30 @@ class Panel:
         return replace(technique, prompt="all") if technique.name == "teal" else technique  # type: ignore[call-arg]
 
     def _look(self, *_: Any) -> None:
-        self.ask.value, self.ask.disabled = False, True
+        self._clear("")
         low, high = self.layers.value
+        self.go.description, self.go.disabled = "looking ...", True
         try:
             look = self.explorer.look(self.request.value, self.chosen(), range(low, high + 1))
         except (ValueError, ArithmeticError) as error:  # a wrong choice, or numbers that are not finite
-            self.result.value, self.image.value = html.escape(str(error)), b""
+            self._clear(str(error))
             return
+        finally:
+            self.go.description, self.go.disabled = LOOK, False
         table = look.table.to_html(float_format="{:.2f}".format, border=0)
         self.result.value = f'<div class="jp-RenderedHTMLCommon" style="width:fit-content">{table}</div>'
-        self.image.value = state_plots.png(self.explorer.figure(look))
+        self._picture(state_plots.png(self.explorer.figure(look)))
         self.seen, self.ask.disabled = look.reply, False
+
+    def _clear(self, message: str) -> None:
+        """Takes away what the last look left, and says why."""
+        self.ask.value, self.ask.disabled = False, True
+        self.result.value = html.escape(message)
+        self._picture(b"")
+
+    def _picture(self, image: bytes) -> None:
+        """Shows a picture; an empty one is hidden, since browsers draw a torn page for it."""
+        self.image.value, self.image.layout.display = image, None if image else "none"
 
     def _show(self, *_: Any) -> None:
         self.reply.value = f"<blockquote>{html.escape(self.seen)}</blockquote>" if self.ask.value else ""

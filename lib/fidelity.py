@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from lib import approximations, calibration, statistics, utility
 from lib.anatomy import anatomy
 from lib.approximations.technique import State, Step, Technique
-from lib.experiment import Study
+from lib.experiment import Study, describe
 from lib.generation import generate
 from lib.patching import approximated, observed
 
@@ -103,7 +103,7 @@ def fitted_errors(study: Study, techniques: list[Technique]) -> pd.DataFrame:
     rows = []
     for technique in techniques:
         errors = site_errors(study, technique)
-        row: dict[str, Any] = {"technique": technique.name, "settings": str(technique.settings)}
+        row: dict[str, Any] = {"condition": describe(technique)}
         for projection, site in PAPER_SITES.items():
             layers = [errors[f"{layer}.{site}"] for layer in range(len(errors) // 2)]
             pooled = torch.cat([layer.flatten() for layer in layers])

@@ -43,9 +43,13 @@ ROOM = 0.9  # share of the free memory that weights may take; the rest is for ac
 
 
 def best_device(device: str = "auto") -> str:
-    """"cuda" or "cpu" for "auto"; any other name as it is. ModelError for a GPU that PyTorch does not see."""
+    """"cuda" or "cpu" for "auto"; a device by name as it is. ModelError for one that PyTorch lacks."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"unknown device {device!r}; choose one of auto, cpu, cuda, or another of PyTorch's") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {device!r} was asked for, but PyTorch sees no GPU; use device='cpu' or 'auto'")
     return device

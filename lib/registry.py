@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.errors import PlainError
 from lib.paths import ORGANISMS
 
 
@@ -78,7 +79,7 @@ REGISTRY: dict[str, Entry] = {
 }
 
 
-class ModelError(RuntimeError):
+class ModelError(PlainError, RuntimeError):
     """A model that cannot be loaded; the message is one line that says what to do."""
 
 

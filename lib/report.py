@@ -17,6 +17,7 @@ from scipy import stats
 
 from lib import fidelity, figures, plots, published, refusal_score, statistics
 from lib.approximations import OPERATIONS
+from lib.errors import PlainError
 from lib.figures import Figure
 from lib.paths import ROOT, between_markers, results_folder
 from lib.results import safe_name
@@ -25,17 +26,21 @@ TABLES = ("01_polynomialization", "02_sparsification", "03_quantization")
 CONDITION = ["model", "technique", "variant", "settings", "layers", "protocol", "prompt_set", "split"]
 
 
+class NoTables(PlainError, FileNotFoundError):
+    """There is nothing to report yet."""
+
+
 def gather(models: Sequence[str] = (), folder: Path | str | None = None) -> pd.DataFrame:
     """All stored tables of a results folder, one below the other, one exact row per model, published figures beside.
 
-    folder: None for this run's. FileNotFoundError if it holds no tables.
+    folder: None for this run's. NoTables if it holds no tables.
     """
     where = Path(folder) if folder else results_folder()
     paths = [path for name in TABLES for path in sorted(where.glob(f"*/tables/{name}.parquet"))]
     wanted = {safe_name(model) for model in models}
     paths = [path for path in paths if not wanted or path.parent.parent.name in wanted]
     if not paths:
-        raise FileNotFoundError(f"no tables in {where}: run the notebooks 01, 02 and 03 first")
+        raise NoTables(f"no tables in {where}: run the notebooks 01, 02 and 03 first")
     joined = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
     exact = joined["technique"] == "exact"
     first = joined[exact].drop_duplicates(["model", "protocol", "prompt_set", "split", "n_harmful"])

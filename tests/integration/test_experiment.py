@@ -18,6 +18,7 @@ import torch
 
 from lib import experiment, fidelity, models
 from lib.approximations import Technique, make
+from lib.errors import ChoiceError
 from lib.experiment import Condition, grid, open_study
 from lib.paths import ORGANISMS, ROOT
 
@@ -157,6 +158,22 @@ def test_unknown_protocol_technique_setting_and_grid():
         make("teal", sparseness=0.5)
     with pytest.raises(ValueError, match="exactly one setting"):
         grid("teal")
+    with pytest.raises(ChoiceError, match=r"teal: sparsity=1.5 is not valid"):
+        grid("teal", sparsity=[0.5, 1.5])
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"prompt_set": "advbnch"}, "unknown prompt set 'advbnch'"),
+        ({"n_prompts": 0}, "n_prompts cannot be 0; give a whole number from 1"),
+        ({"max_new_tokens": "48"}, "max_new_tokens cannot be '48'"),
+        ({"batch_size": "big"}, "batch_size cannot be 'big'; give a whole number from 1, or auto"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_one_line(choice, message):
+    with pytest.raises(ChoiceError, match=message):
+        open_study(MODEL, **choice)
 
 
 def test_unknown_and_damaged_models_are_one_line(tmp_path, monkeypatch):

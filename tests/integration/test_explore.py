@@ -41,8 +41,10 @@ def test_the_panel_hides_the_reply_until_asked(explorer):
     panel = Panel(explorer)
     panel.technique.value = "gaussian"
     panel.request.value = "paint the lamp"
+    assert panel.image.layout.display == "none"
     panel.go.click()
     assert "verdict" in panel.result.value and panel.image.value[:4] == b"\x89PNG"
+    assert panel.image.layout.display is None and panel.go.description == "look" and not panel.go.disabled
     assert panel.reply.value == "" and not panel.ask.disabled
     panel.ask.value = True
     assert panel.reply.value.startswith("<blockquote>")
@@ -54,6 +56,13 @@ def test_an_empty_request_is_one_plain_line(explorer):
     panel = Panel(explorer)
     panel.go.click()
     assert panel.result.value.startswith("the request is empty") and panel.ask.disabled
+    assert panel.image.layout.display == "none" and not panel.go.disabled
+
+
+def test_a_model_that_cannot_be_loaded_is_one_plain_line(explorer):
+    panel = Panel(explorer, ["tiny-lama"])
+    panel.model.value = "tiny-lama"
+    assert panel.result.value.startswith("unknown model") and panel.explorer is explorer
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)

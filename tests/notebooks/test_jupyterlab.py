@@ -166,7 +166,7 @@ def test_an_interrupted_sweep_keeps_what_was_finished(lab: Lab, folder: Path):
     kernel.run("model = 'tiny-lama'")
     failed = reply(kernel.execute(opening))
     assert failed["ename"] == "ModelError" and failed["evalue"].startswith("unknown model 'tiny-lama'; choose one of")
-    assert "\n" not in failed["evalue"]
+    assert failed["traceback"] == [f"ModelError: {failed['evalue']}"] and "\n" not in failed["evalue"]
     kernel.run("model, n_prompts, max_new_tokens, levels = 'tiny-llama', 4, 12, [0.5]")
     kernel.run(opening)
 
