@@ -95,6 +95,8 @@ class Graph:
         if self.profile:
             scale = ["--profile", str(ROOT / "profiles" / self.profile)]
             scale += ["--jobs", str(self.limit)] if self.limit else []
+            if self.profile == "slurm" and not accounting():
+                scale += ["--slurm-status-command", "squeue"]
         else:
             scale = ["--cores", str(json.loads(plan.read_text())["workers"])]
         command = [
@@ -139,7 +141,7 @@ class Graph:
                 stop(process, STOP_SECONDS.get(self.profile, 30.0))
                 raise
             progress.read(events)
-        progress.close()
+        progress.close(slurm_verdicts((self.logs / "snakemake.log").read_text(errors="replace")))
         return len(pending) - progress.done
 
 
@@ -182,10 +184,25 @@ class Progress:
         self.done += state == "done"
         (self.running.add if state == "started" else self.running.discard)(job)
 
-    def close(self) -> None:
-        """Reports jobs that ended without a word."""
-        for job in sorted(self.running):
-            self.show(job, "failed", message=f"it was killed; see {self.logs / job}.log")
+    def close(self, verdicts: dict[str, str]) -> None:
+        """Reports jobs that ended, or were refused, without a word. verdicts: what Slurm said of them, if anything."""
+        silent = self.running | (self.jobs.keys() & verdicts.keys() - self.numbers.keys())
+        for job in sorted(silent):
+            self.show(job, "failed", message=verdicts.get(job, f"it was killed; see {self.logs / job}.log"))
+
+
+def slurm_verdicts(log: str) -> dict[str, str]:
+    """Job -> how Slurm refused or ended it, each way once, in Snakemake's log. Of a local run: nothing."""
+    found: dict[str, list[str]] = {}
+    for block in log.split("\nError in rule ")[1:]:
+        job = re.search(r"^    output: (.+)\.ipynb$", block, re.MULTILINE)
+        refusal = re.search(r"The error message was '(.+?)'\.$", block, re.MULTILINE | re.DOTALL)
+        state = re.search(r"SLURM status is: '(\w+)'", block)
+        if job and refusal:
+            found.setdefault(job[1], []).append(f"Slurm refused it: {' '.join(refusal[1].split())}")
+        elif job and state:
+            found.setdefault(job[1], []).append(f"Slurm ended it: {state[1]}")
+    return {job: "; ".join(dict.fromkeys(said)) for job, said in found.items()}
 
 
 def visible_gpus() -> list[str]:
@@ -196,6 +213,11 @@ def visible_gpus() -> list[str]:
         return []
     answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     return [str(index) for index in range(len(re.findall(r"^GPU \d+:", answer, re.MULTILINE)))]
+
+
+def accounting() -> bool:
+    """Whether Slurm keeps accounts. Without them sacct, which the executor asks by default, never tells of any job."""
+    return bool(shutil.which("sacct")) and subprocess.run(["sacct", "--noheader"], capture_output=True).returncode == 0
 
 
 @contextmanager

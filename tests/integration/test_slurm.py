@@ -6,11 +6,13 @@ The stand-ins take Slurm's place at its command line: `sbatch` notes what was as
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from lib import registry, workflow
 from lib.paths import ROOT
 from lib.run import chosen_notebooks, parse, plan, read_notebooks
+from tests.local_slurm import CannotStart, local_slurm
 
 FIXTURES = ROOT / "tests" / "notebooks" / "fixtures"
 MODELS = ["qwen2-7b", "qwen2.5-32b", "mixtral-8x7b", "owner/name"]
@@ -105,37 +108,122 @@ os.execvp(arguments[0], arguments)
 }
 
 
+def put_in_front(name: str, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a command of Slurm, found before any other."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!{sys.executable}\n{code}")
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    if not os.environ["PATH"].startswith(f"{folder}:"):
+        monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
 @pytest.mark.matrix
 def test_a_run_through_stand_in_commands(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Submits, waits, merges: takes about a minute, because the executor first asks for states after 40 s."""
+    """Submits, waits, merges."""
     tools = results / "slurm"
-    tools.mkdir()
     for name, code in STAND_IN.items():
-        path = tools / name
-        path.write_text(f"#!{sys.executable}\n{code}")
-        path.chmod(path.stat().st_mode | stat.S_IEXEC)
-    monkeypatch.setenv("PATH", str(tools), prepend=":")
-    run_on_slurm(results, monkeypatch)
+        put_in_front(name, code, tools, monkeypatch)
+    done = run_on_slurm(results, FIXTURES, "01", "09")
+    assert done.returncode == 0 and "2 jobs done" in done.stdout, told(done, results)
     submitted = [json.loads(path.read_text()) for path in tools.glob("*.json")]
     assert len(submitted) == 2 and sum("--gpus=1" in " ".join(call) for call in submitted) == 1
+    assert "nothing to do" in run_on_slurm(results, FIXTURES, "01", "09").stdout
 
 
-@pytest.mark.skipif(not shutil.which("sbatch"), reason="Slurm is not installed: no sbatch on this machine")
-def test_a_run_on_real_slurm(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_on_slurm(results, monkeypatch)
+def test_a_refused_job_tells_what_slurm_said(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, code in STAND_IN.items():
+        put_in_front(name, code, results / "slurm", monkeypatch)
+    put_in_front("sbatch", "import sys\nsys.exit('sbatch: error: Invalid account')", results / "slurm", monkeypatch)
+    done = run_on_slurm(results, FIXTURES, "01", "09")
+    assert done.returncode == 1 and "failed: Slurm refused it: sbatch: error: Invalid account\n" in done.stdout
 
 
-def run_on_slurm(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """./run_all.sh --profile slurm on a notebook without a model, and its report; a second run has nothing to do."""
-    (results / "tiny").mkdir()
-    (results / "tiny" / "config.json").write_text("{}")
-    monkeypatch.setenv("APPROX_NOTEBOOKS", str(FIXTURES))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = [sys.executable, "-P", "-m", "lib.run", "--profile", "slurm", "--models", str(results / "tiny")]
-    command += ["--notebooks", "01", "09", "--out", str(results)]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    log = results / "results" / "logs" / "snakemake.log"
-    assert first.returncode == 0, first.stdout + first.stderr + (log.read_text() if log.is_file() else "")
-    assert "2 jobs done" in first.stdout
-    assert len(list((results / "results").glob("**/01_squares.ipynb"))) == 1
-    assert "nothing to do" in subprocess.run(command, capture_output=True, text=True, timeout=100).stdout
+def test_a_job_that_slurm_ended_tells_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    log = "".join(
+        f"""
+Error in rule notebook:
+    message: SLURM-job '{number}' failed, SLURM status is: '{state}'. Reason: Unknown.
+    jobid: 0
+    output: tiny/01_squares.ipynb
+"""
+        for number, state in enumerate(("OUT_OF_MEMORY", "TIMEOUT", "TIMEOUT"))
+    )
+    verdicts = workflow.slurm_verdicts(log)
+    assert verdicts == {"tiny/01_squares": "Slurm ended it: OUT_OF_MEMORY; Slurm ended it: TIMEOUT"}
+    progress = workflow.Progress([workflow.Job("tiny/01_squares", "01_squares tiny", "", {}, [])], tmp_path)
+    progress.show("tiny/01_squares", "started")
+    progress.close(verdicts)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("failed: Slurm ended it: OUT_OF_MEMORY; Slurm ended it: TIMEOUT")
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Slurm of this machine alone, or the test is skipped with the reason."""
+    try:
+        with local_slurm() as environment:
+            for name, value in environment.items():
+                monkeypatch.setenv(name, value)
+            yield
+    except CannotStart as reason:
+        pytest.skip(f"no Slurm can be started here: {reason}")
+
+
+def notebooks_that_need_two_gpus(folder: Path) -> Path:
+    """The fixtures, of which 02 fails as long as it has a single GPU."""
+    shutil.copytree(FIXTURES, folder)
+    path = folder / "02_threshold.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["cells"][-1]["source"] = (
+        "import os\n\nif ',' not in os.environ['CUDA_VISIBLE_DEVICES']:\n    raise MemoryError('one GPU is too small')"
+    )
+    path.write_text(json.dumps(notebook))
+    return folder
+
+
+@pytest.mark.matrix
+def test_a_run_on_real_slurm(results: Path, slurm: None) -> None:
+    """One job succeeds, another does with more at its second attempt; Slurm's own records agree. Takes a minute."""
+    notebooks = notebooks_that_need_two_gpus(results / "notebooks")
+    done = run_on_slurm(results, notebooks, "01", "02")
+    assert done.returncode == 0 and "2 jobs done" in done.stdout, told(done, results)
+    assert done.stdout.count("failed: MemoryError: one GPU is too small") == 1
+    assert sorted(submissions()) == [
+        ("01_squares", "COMPLETED", 1, 18000),
+        ("02_threshold", "COMPLETED", 2, 27000),
+        ("02_threshold", "FAILED", 1, 18000),
+    ]
+    logs = results / "results" / "logs"
+    assert {path.stem for path in logs.glob("tiny-*/*.log")} == {"01_squares", "02_threshold"}
+    assert len(list(logs.glob("slurm/**/*.log"))) == 1  # of what failed
+    assert {path.stem for path in (results / "results").glob("tiny-*/*.ipynb")} == {"01_squares", "02_threshold"}
+    assert "nothing to do" in run_on_slurm(results, notebooks, "01", "02").stdout
+
+
+def submissions() -> list[tuple[str, str, int, int]]:
+    """What Slurm was asked for, as it says itself: notebook, state, GPUs and MB of every job."""
+    shown = subprocess.run(["scontrol", "--oneliner", "show", "job"], capture_output=True, text=True, check=True).stdout
+    found = []
+    for line in shown.splitlines():
+        notebook = re.search(r" Comment=\S*?(\d\d_[a-z]+)", line)[1]
+        gpus = re.search(r" TresPerJob=gres.gpu:(\d+)", line)
+        memory = re.search(r" MinMemoryNode=(\d+)M", line)[1]
+        found.append((notebook, re.search(r" JobState=(\w+)", line)[1], int(gpus[1]) if gpus else 0, int(memory)))
+    return found
+
+
+def run_on_slurm(folder: Path, source: Path, *notebooks: str) -> subprocess.CompletedProcess[str]:
+    """./run_all.sh --profile slurm, on a folder that passes for a model."""
+    (folder / "tiny").mkdir(exist_ok=True)
+    (folder / "tiny" / "config.json").write_text("{}")
+    command = [sys.executable, "-P", "-m", "lib.run", "--profile", "slurm", "--models", str(folder / "tiny")]
+    command += ["--notebooks", *notebooks, "--out", str(folder)]
+    environment = {**os.environ, "APPROX_NOTEBOOKS": str(source), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+
+def told(done: subprocess.CompletedProcess[str], folder: Path) -> str:
+    """All that there is to say of a run that should have succeeded."""
+    logs = (folder / "results" / "logs").rglob("*.log")
+    return "\n".join([done.stdout, done.stderr, *(f"{path}:\n{path.read_text()}" for path in logs)])
