@@ -293,7 +293,7 @@ def test_eight_bits_per_token_cost_at_most_three_percent(technique):
 
 @ORGANISM
 def test_uniform_teal_realises_its_sparsity_on_held_out_text():
-    """Within five points at every site but the first two attn_in, whose few distinct inputs move in steps.
+    """Within six points at every site but the first two attn_in, whose few distinct inputs move in steps.
 
     On LLMs two points hold (see the threshold tests); TEAL's rule assumes activations symmetric about zero, and those
     of so small a model are less so.
@@ -311,7 +311,7 @@ def test_uniform_teal_realises_its_sparsity_on_held_out_text():
         model(input_ids=ids)
     checked = {place: share for place, share in zeros.items() if not (place[0] < 2 and place[1].startswith("attn_in"))}
     assert len(checked) == 7 * 6 - 6
-    assert {place: share for place, share in checked.items() if abs(share - 0.5) > 0.05} == {}
+    assert {place: share for place, share in checked.items() if abs(share - 0.5) > 0.06} == {}
 
 
 @ORGANISM
