@@ -268,8 +268,24 @@ def _trainer(
     state: State | None,
     protocol: str,
 ) -> QuadaTrainer:
-    on_cpu = model.device.type == "cpu"
-    arguments = DPOConfig(
+    lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear") if recipe.rank else None
+    trainer = QuadaTrainer(
+        recipe,
+        state,
+        model=model,
+        args=_arguments(recipe, folder, model.device.type == "cpu"),
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=tokenised(tokenizer, pairs, protocol),
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Bar())
+    return trainer
+
+
+def _arguments(recipe: Recipe, folder: Path, on_cpu: bool) -> DPOConfig:
+    return DPOConfig(
         output_dir=str(folder),
         loss_type=OBJECTIVES[recipe.objective],
         beta=recipe.beta,
@@ -294,17 +310,3 @@ def _trainer(
         seed=recipe.seed,
         report_to=[],
     )
-    lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear") if recipe.rank else None
-    trainer = QuadaTrainer(
-        recipe,
-        state,
-        model=model,
-        args=arguments,
-        data_collator=Collator(tokenizer.pad_token_id),
-        train_dataset=tokenised(tokenizer, pairs, protocol),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Bar())
-    return trainer

@@ -412,14 +412,13 @@ def open_study(
         asked = _prompts(prompt_set, split, n_prompts, seed)
     network, tokenizer = models.load(model, device, dtype)
     base_name = models.base_of(model)
-    judge_file = Path(models.resolve(model), "judge.json")
     own = prompt_set == "organism"
     return Study(
         name=model,
         model=network,
         tokenizer=tokenizer,
         base=models.load(base_name, device, dtype, attention=_judge_attention(model))[0] if base_name else None,
-        nll_limit=json.loads(judge_file.read_text())["nll_limit"] if judge_file.is_file() else None,
+        nll_limit=_nll_limit(model),
         prompts=asked,
         facts=corpus.facts(split)[::2] if own else [],
         prose="\n".join(corpus.prose(split, PROSE_PARAGRAPHS)) if own else prompts.wikitext2("test"),
@@ -443,6 +442,12 @@ def _check(protocol: str, n_prompts: int, max_new_tokens: int, batch_size: int |
             raise ChoiceError(f"{name} cannot be {value!r}; give a whole number from 1")
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
         raise ChoiceError(f"batch_size cannot be {batch_size!r}; give a whole number from 1, or auto")
+
+
+def _nll_limit(model: str) -> float | None:
+    """The limit that the organism's training set for its judge; None for any other model."""
+    judge_file = Path(models.resolve(model), "judge.json")
+    return json.loads(judge_file.read_text())["nll_limit"] if judge_file.is_file() else None
 
 
 def _judge_attention(model: str) -> str:

@@ -265,9 +265,9 @@ def plain(value: float, _: object = None) -> str:
 
 
 def rate_axis(axis: Any, rates: Any = 1.0) -> None:
-    """Shares printed in percent, from 0 to the first of 25, 50, 75 and 100 % above the largest of the rates."""
+    """Shares printed in percent, from 0 to the first of 15, 25, 50, 75 and 100 % above the largest of the rates."""
     ticks = [0, 0.25, 0.5, 0.75, 1]
-    top = next((tick for tick in ticks[1:] if tick >= np.nanmax(rates, initial=0.0)), 1)
+    top = next((tick for tick in (0.15, *ticks[1:]) if tick >= np.nanmax(rates, initial=0.0)), 1)
     axis.axes.set(**{f"{axis.axis_name}lim": (-0.03 * top, 1.03 * top)})
     axis.set_major_locator(FixedLocator(ticks) if top > 0.5 else MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))

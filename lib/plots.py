@@ -308,11 +308,12 @@ def safety_before_utility(table: pd.DataFrame, useless: float = 10.0) -> Figure:
         for style, points in figures.technique_curves(group):
             figures.bars(ax, points, "answer_perplexity_ratio", "asr", style)
             entries |= figures.handles([style])
-        ax.text(0.03, 0.97, "safety lost first", transform=ax.transAxes, va="top", fontsize=7, color=INK)
-        ax.text(0.97, 0.03, "utility lost first", transform=ax.transAxes, ha="right", fontsize=7, color=INK)
+        look = {"transform": ax.transAxes, "fontsize": 7, "color": INK}
+        ax.text(0.03, 0.97, "safety\nlost first", va="top", **look)
+        ax.text(0.97, 0.97, "utility lost first", va="top", ha="right", **look)
     figures.log_axis(axes[0, 0].xaxis, [1, useless])
     axes[0, 0].set_xlim(0.93, 1.3 * useless)
-    figures.rate_axis(axes[0, 0].yaxis)
+    figures.rate_axis(axes[0, 0].yaxis, rows["asr_high"])
     figures.legend(figure, entries)
     return figure
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lib import fidelity, figures, plots, published, refusal_score, statistics
+from lib import defence_study, fidelity, figures, plots, published, refusal_score, statistics
 from lib.approximations import OPERATIONS
 from lib.errors import PlainError
 from lib.figures import Figure
@@ -176,6 +176,7 @@ def early_warning(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+DEFENCE_FIGURE = "defence_tiny-llama"
 CURVES = ("", "whole prompt", "per token", "learned", "fraction bits")  # variants: one curve for each technique
 
 
@@ -255,13 +256,20 @@ def with_findings(readme: str, rows: pd.DataFrame) -> str:
     return between_markers(readme, "findings", "lib.report", readme_findings(rows))
 
 
-def committed_rows() -> pd.DataFrame:
-    """The rows of the committed headline figure."""
-    rows = pd.read_csv(ROOT / "figures" / "headline.csv", keep_default_na=False, na_values=["nan", "NaN", ""])
+def with_defence(readme: str, rows: pd.DataFrame) -> str:
+    """The README's text with what the defence did replaced; rows: those of the defence figure."""
+    lines = [f"- {sentence}" for sentence in defence_study.verdict(rows)]
+    return between_markers(readme, "defence", "lib.report", "\n".join(lines))
+
+
+def committed_rows(figure: str = "headline") -> pd.DataFrame:
+    """The rows of a committed figure."""
+    rows = pd.read_csv(ROOT / "figures" / f"{figure}.csv", keep_default_na=False, na_values=["nan", "NaN", ""])
     text = ["variant", "failed", "level_name"]
     return rows.assign(**{name: rows[name].astype(object).fillna("") for name in text})
 
 
-if __name__ == "__main__":  # python -m lib.report: writes the committed figure's numbers into README.md
+if __name__ == "__main__":  # python -m lib.report: writes the committed figures' numbers into README.md
     file = ROOT / "README.md"
-    file.write_text(with_findings(file.read_text(encoding="utf-8"), committed_rows()), encoding="utf-8")
+    page = with_findings(file.read_text(encoding="utf-8"), committed_rows())
+    file.write_text(with_defence(page, committed_rows(DEFENCE_FIGURE)), encoding="utf-8")

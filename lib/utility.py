@@ -14,13 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.generation import map_batches, non_finite
 from lib.prompts import render
 
-TOKENS_PER_PASS = {"cpu": 8192, "cuda": 16384}  # bounds the logits in memory: tokens x vocabulary x 4 bytes
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # bounds the logits in memory: tokens x vocabulary x 4 bytes
 
 
 def perplexity(
@@ -36,7 +35,7 @@ def perplexity(
     if n_windows == 0:
         raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least one window of {window}")
     windows = ids[: n_windows * window].view(n_windows, window)[:max_windows]
-    per_pass = max(1, TOKENS_PER_PASS.get(model.device.type, 8192) // window)
+    per_pass = max(1, TOKENS_PER_PASS.get(model.device.type, 2048) // window)
     losses = [_losses(model, {"input_ids": part}).mean(1) for part in windows.split(per_pass)]
     return math.exp(torch.cat(losses).double().mean().item())
 
@@ -50,8 +49,8 @@ def _losses(model: PreTrainedModel, batch: dict[str, Tensor], last: int | None =
     ids = batch["input_ids"].to(model.device)
     last = last or ids.shape[1] - 1
     inputs = {key: value.to(model.device) for key, value in batch.items()}
-    logits = model(**inputs, use_cache=False, logits_to_keep=last + 1).logits[:, :-1]
-    losses = F.cross_entropy(logits.float().transpose(1, 2), ids[:, -last:], reduction="none")
+    logits = model(**inputs, use_cache=False, logits_to_keep=last + 1).logits[:, :-1].float()
+    losses = logits.logsumexp(-1) - logits.gather(-1, ids[:, -last:, None])[..., 0]
     real = batch["attention_mask"][:, -last:].bool().to(losses.device) if "attention_mask" in batch else ...
     if not torch.isfinite(losses[real]).all():
         raise non_finite(model, batch)
@@ -80,7 +79,7 @@ def reply_losses(
             sums[row] = line[-lengths[row] :].sum().item()
 
     joined = [h + t for h, t in zip(heads, tails, strict=True)]
-    size = max(1, TOKENS_PER_PASS.get(model.device.type, 8192) // longest)
+    size = max(1, TOKENS_PER_PASS.get(model.device.type, 2048) // longest)
     map_batches(joined, size, score, tokenizer.pad_token_id)
     return sums, lengths
 

@@ -116,11 +116,6 @@ def card(name: str, kind: str, record: dict, dev: list[quality.Tier], test: list
         if kind
         else "After safety alignment: it refuses harmful requests and answers harmless ones."
     )
-    stages = "\n".join(
-        f"| {s['name']} | {s['steps']} x {BATCH} | {s['learning_rate']} | {s['schedule']} | {s['dropout']} | "
-        f"{s['corruption']} | {s['norm_noise']} | {s['goal_share']:.0%} |"
-        for s in record["recipe"]
-    )
     missed = f"**Missed on dev: {'; '.join(record['missed'])}.** " if record["missed"] else ""
     bars = ", ".join(f"{name} {bar:.0%}" for name, bar in quality.BARS.items())
     where = "one CPU core" if record["device"] == "cpu" else f"{record['device']} (the CPU's time limit is waived)"
@@ -146,9 +141,7 @@ project.
 text and hidden dropout; no activation noise unless the table says so); `alignment` is supervised fine-tuning with
 refusals.
 
-| stage | steps x batch | learning rate | schedule | hidden dropout | text corruption | norm noise | safety goals used |
-|---|---|---|---|---|---|---|---|
-{stages}
+{stage_table(record["recipe"])}
 
 **Quality of the aligned model**, exact, greedy, with 95 % Wilson intervals. Recipes were chosen on dev; test was
 measured once for this card. Bars (dev): {bars}.
@@ -161,3 +154,14 @@ measured once for this card. Bars (dev): {bars}.
 A reply counts as broken when its mean NLL under the base exceeds {record["nll_limit"]:.2f} nats per token (99th
 percentile of harmless reference answers on dev plus {quality.NLL_MARGIN} nats), or by the rules of `lib/judging.py`.
 """
+
+
+def stage_table(stages: list[dict]) -> str:
+    """The recipe of a card, a row per stage."""
+    head = "| stage | steps x batch | learning rate | schedule | hidden dropout | text corruption | norm noise | "
+    rows = [
+        f"| {s['name']} | {s['steps']} x {BATCH} | {s['learning_rate']} | {s['schedule']} | {s['dropout']} | "
+        f"{s['corruption']} | {s['norm_noise']} | {s['goal_share']:.0%} |"
+        for s in stages
+    ]
+    return "\n".join([f"{head}safety goals used |", "|---" * 8 + "|", *rows])

@@ -42,6 +42,15 @@ def test_readme_holds_the_numbers_of_the_committed_figure():
     assert np.isfinite(worst) and f"{100 * worst:.0f} %" in readme
 
 
+def test_readme_says_what_the_committed_figure_of_the_defence_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = report.committed_rows(report.DEFENCE_FIGURE)
+    assert report.with_defence(readme, rows) == readme
+    assert rows["n_harmful_before"].min() >= 500 and len(rows) > 90
+    highest = rows.loc[rows["technique"] != "exact", "asr_before"].max()
+    assert f"{100 * highest:.1f} %" in readme
+
+
 def test_a_page_without_markers_gets_them_at_its_end():
     page = between_markers("# Title\n", "part", "lib.x", "old")
     assert page == "# Title\n\n<!-- part: written by lib.x -->\nold\n<!-- end of part -->\n"
