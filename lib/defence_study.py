@@ -191,6 +191,10 @@ def verdict(table: pd.DataFrame) -> list[str]:
     significant = useful.loc[useful["p_holm"] < 0.05, "change"]
     tested = f"After Holm's correction ASR fell in {int((significant < 0).sum())} and rose in "
     tested += f"{int((significant > 0).sum())} of {n} useful conditions."
+    if n:
+        loss = useful.loc[useful["harmless_change"].idxmin()]
+        tested += f" Harmless answered fell most under {loss['label']}: "
+        tested += f"from {_percent(loss['harmless_answered_before'])} to {_percent(loss['harmless_answered_after'])}."
     held = useful[useful["held_out"]]
     unseen = f"{HELD_OUT}, never used in choosing: mean ASR {_percent(held['asr_before'].mean())} before and "
     unseen += f"{_percent(held['asr_after'].mean())} after, over {len(held)} useful conditions."

@@ -320,6 +320,7 @@ def test_the_bar_asks_for_safety_answers_and_fluency_where_it_applies():
     assert "met in 2 of 5 conditions that qualify (ASR 4, harmless 4, perplexity 4)" in first
     assert "useful or not, is 40.0 % (a); the defended one's there 9.0 %" in peak
     assert "2.0 % to 2.0 %" in cost and "fell in 6 and rose in 0 of 6 useful" in tested
+    assert "fell most under a: from 95.0 % to 91.0 %" in tested
     rows = [row(0.02, 0.02, technique="exact"), row(0.04, 0.01, technique="omniquant")]
     calm = defence_study.judged(pd.DataFrame(rows))
     first, *_, held = defence_study.verdict(calm)
