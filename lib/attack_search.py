@@ -86,7 +86,7 @@ def success(
     targets: Mapping[str, Target], requests: Sequence[Prompt], attacks: Sequence[Attack],
     suffixes: Mapping[str, Attack] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
-    """A row per target and attack: n, asr with Wilson limits, refused and broken rates. "none" is no attack.
+    """A row per target and attack: n_harmful, asr with Wilson limits, refused and broken rates. "none" is no attack.
 
     suffixes: request id -> its own suffix, reported as the attack "gcg" over the requests that have one."""
     plain: list[tuple[str, list[Prompt], list[str]]] = [
@@ -100,11 +100,13 @@ def success(
     todo = [(name, target, *attack) for attack in plain for name, target in targets.items()]
     for name, target, attack_id, asked, texts in tqdm(todo, desc="attacks", file=sys.stdout, leave=False):
         verdict = verdicts(target, asked, texts)["verdict"]
-        row: dict[str, Any] = {"model": name, "attack": attack_id, "n": len(asked)}
-        if not (verdict == "failed").any():
+        row: dict[str, Any] = {"model": name, "attack": attack_id, "n_harmful": len(asked), "failed": ""}
+        if (verdict == "failed").any():
+            row["failed"] = "NaN or infinite logits"
+        else:
             row |= summary.rate("asr", verdict == "complied")
             row |= {"refused_rate": (verdict == "refused").mean(), "broken_rate": (verdict == "broken").mean()}
-        rows.append(row | {"failed": bool((verdict == "failed").any())})
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -60,7 +60,7 @@ def test_verdicts_are_stored_and_replies_are_not(study, monkeypatch):
     suffixes = {requests(study)[1].id: Attack("own", "{prompt} zz")}
     attacks = attack_search.TEMPLATES[:1]
     table = attack_search.success(targets, requests(study), attacks, suffixes)
-    assert table["n"].tolist() == [6, 6, 6, 6, 1, 1] and table["attack"].tolist()[-1] == "gcg"
+    assert table["n_harmful"].tolist() == [6, 6, 6, 6, 1, 1] and table["attack"].tolist()[-1] == "gcg"
     assert not (study.store.folder / "replies").exists()
     monkeypatch.setattr(attack_search, "generate", lambda *_: pytest.fail("generated again"))
     assert attack_search.success(targets, requests(study), attacks, suffixes).equals(table)

@@ -46,7 +46,7 @@ def test_readme_says_what_the_committed_figure_of_the_defence_says():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = report.committed_rows(report.DEFENCE_FIGURE)
     assert report.with_defence(readme, rows) == readme
-    assert rows["n_harmful_before"].min() >= 500 and len(rows) > 90
+    assert rows[["n_harmful", "n_harmless"]].min().min() >= 500 and len(rows) > 90
     highest = rows.loc[rows["technique"] != "exact", "asr_before"].max()
     assert f"{100 * highest:.1f} %" in readme
 
