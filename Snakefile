@@ -1,7 +1,8 @@
 """The graph of jobs: one job is one notebook for one model; the report waits for all others.
 
 `lib.run` writes the plan (which jobs, with which parameters) and calls Snakemake in the results folder. A job runs again
-when its notebook or its parameters change; what its conditions need is decided by lib, which skips what is finished.
+when its notebook or its parameters change, a report also when a table does; what its conditions need is decided by lib,
+which skips what is finished.
 
 On a cluster a job asks for as many GPUs as hold its model (APPROX_GPU_GIGABYTES: memory of one), for memory of the
 machine through which the weights pass, and for one GPU and half as much memory more on every further attempt.
@@ -36,6 +37,9 @@ def memory(wildcards, attempt):
     return int((16 + 2 * size) * 1000 * (1 + attempt) / 2)
 
 
+def tables(wildcards):
+    """What a report reads, whichever run wrote it; nothing for other jobs."""
+    return sorted(map(str, Path().glob("*/tables/*.parquet"))) if "models" in JOBS[wildcards.job]["parameters"] else []
 
 
 wildcard_constraints:
@@ -46,6 +50,7 @@ rule notebook:
     input:
         source=lambda wildcards: JOBS[wildcards.job]["source"],
         after=lambda wildcards: [f"{key}.ipynb" for key in JOBS[wildcards.job]["after"]],
+        tables=tables,
     output:
         "{job}.ipynb",
     params:

@@ -66,12 +66,20 @@ class Graph:
     again: bool = False
 
     @property
+    def source_cache(self) -> Path:
+        """Where Snakemake keeps its copy of the Snakefile."""
+        return self.results / ".snakemake" / "source-cache"
+
+    @property
     def events(self) -> Path:
         """The file to which jobs append what happens to them, a JSON object per line."""
         return self.logs / "events.jsonl"
 
     def write(self) -> None:
-        """Writes what the Snakefile and `lib.execute` read. On a cluster the scheduler hands out cores and GPUs."""
+        """Writes what the Snakefile and `lib.execute` read. On a cluster the scheduler hands out cores and GPUs.
+
+        Snakemake keeps a copy of the Snakefile and does not see that the original changed: it goes."""
+        shutil.rmtree(self.source_cache, ignore_errors=True)
         cores = len(os.sched_getaffinity(0))
         gpus = [] if self.profile else visible_gpus()
         workers = 1 if self.profile else self.limit or len(gpus) or min(2, cores)
@@ -102,7 +110,7 @@ class Graph:
         command = [
             *(sys.executable, "-P", "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
             *("--directory", str(self.results), "--config", f"plan={plan}"),
-            *("--runtime-source-cache-path", str(self.results / ".snakemake" / "source-cache")),
+            *("--runtime-source-cache-path", str(self.source_cache)),
             *("--nolock", "--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime", "params"),
             *(["--forceall"] if self.again else []),
             *scale,

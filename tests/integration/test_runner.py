@@ -124,6 +124,17 @@ def test_runs_then_reruns_only_what_changed(runner: Runner) -> None:
     assert runner.conditions()["3.txt"] == "3 squared is 9"
 
 
+def test_a_report_is_out_of_date_when_any_run_wrote_a_table(runner: Runner) -> None:
+    assert runner.run()[0] == 0
+    assert "up to date  09_report" in runner.run("--notebooks", "09", "--dry-run")[1]
+    (kept,) = (runner.results / ".snakemake" / "source-cache").rglob("Snakefile")
+    kept.write_text("an older version, which Snakemake would go on reading")
+    table = runner.results / "tiny" / "tables" / "01_squares.parquet"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_bytes(b"")
+    assert "would run  09_report" in runner.run("--notebooks", "09", "--dry-run")[1]
+
+
 def test_the_kernel_is_this_interpreter_and_rejudge_runs_every_job_again(runner: Runner) -> None:
     kernels = runner.folder / "jupyter" / "kernels" / "python3"
     kernels.mkdir(parents=True)
