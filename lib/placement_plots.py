@@ -82,6 +82,8 @@ def layer_levels(table: pd.DataFrame) -> Figure:
         ax.set_xticks(layers[:: 1 + len(layers) // 12])
         setting = str(rows["setting"].iloc[0])
         ax.set_ylabel(SETTINGS[setting])
+        if (rows["level"] % 1 == 0).all():
+            ax.set_yticks(range(int(rows["level"].min()), int(rows["level"].max()) + 1))
         if setting == REVERSED:
             ax.invert_yaxis()
     figures.legend(figure, figures.handles(list(PLACEMENTS.values())))

@@ -176,7 +176,7 @@ def early_warning(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-DEFENCE_FIGURE = "defence_tiny-llama"
+DEFENCE_FIGURE, PLACEMENT_FIGURE = "defence_tiny-llama", "placement_tiny-llama"
 CURVES = ("", "whole prompt", "per token", "learned", "fraction bits")  # variants: one curve for each technique
 
 
@@ -262,6 +262,17 @@ def with_defence(readme: str, rows: pd.DataFrame) -> str:
     return between_markers(readme, "defence", "lib.report", "\n".join(lines))
 
 
+def with_placement(readme: str, rows: pd.DataFrame) -> str:
+    """The README's text with what placement gained replaced; rows: those of the placement figure."""
+    lines = []
+    for technique, found in rows[rows["stage"] == "sealed"].groupby("technique", sort=False):
+        uniform, placed = (found[found["placement"] == name].iloc[0] for name in ("uniform", "placed"))
+        line = f"- {technique}, {placed['level_name']}: {uniform['level']:.2f} with one level for all layers, "
+        line += f"{placed['level']:.2f} placed; on sealed requests {uniform['decision']} and {placed['decision']}, ASR "
+        lines.append(f"{line}{100 * uniform['asr']:.1f} % and {100 * placed['asr']:.1f} %.")
+    return between_markers(readme, "placement", "lib.report", "\n".join(lines))
+
+
 def committed_rows(figure: str = "headline") -> pd.DataFrame:
     """The rows of a committed figure."""
     rows = pd.read_csv(ROOT / "figures" / f"{figure}.csv", keep_default_na=False, na_values=["nan", "NaN", ""])
@@ -272,4 +283,5 @@ def committed_rows(figure: str = "headline") -> pd.DataFrame:
 if __name__ == "__main__":  # python -m lib.report: writes the committed figures' numbers into README.md
     file = ROOT / "README.md"
     page = with_findings(file.read_text(encoding="utf-8"), committed_rows())
-    file.write_text(with_defence(page, committed_rows(DEFENCE_FIGURE)), encoding="utf-8")
+    page = with_defence(page, committed_rows(DEFENCE_FIGURE))
+    file.write_text(with_placement(page, committed_rows(PLACEMENT_FIGURE)), encoding="utf-8")

@@ -51,6 +51,15 @@ def test_readme_says_what_the_committed_figure_of_the_defence_says():
     assert f"{100 * highest:.1f} %" in readme
 
 
+def test_readme_says_what_the_committed_figure_of_the_placement_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = report.committed_rows(report.PLACEMENT_FIGURE)
+    assert report.with_placement(readme, rows) == readme
+    sealed = rows[rows["stage"] == "sealed"]
+    assert (sealed[["n_harmful", "n_harmless", "n_confusable"]].sum(axis=1) >= 1000).all()
+    assert all(f"{level:.2f} placed" in readme for level in sealed.loc[sealed["placement"] == "placed", "level"])
+
+
 def test_a_page_without_markers_gets_them_at_its_end():
     page = between_markers("# Title\n", "part", "lib.x", "old")
     assert page == "# Title\n\n<!-- part: written by lib.x -->\nold\n<!-- end of part -->\n"
