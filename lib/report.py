@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lib import defence_study, fidelity, figures, plots, published, refusal_score, statistics
+from lib import defence_study, fidelity, figures, judge_check, plots, published, refusal_score, statistics
 from lib.approximations import OPERATIONS
 from lib.errors import PlainError
 from lib.figures import Figure
@@ -268,9 +268,22 @@ def with_placement(readme: str, rows: pd.DataFrame) -> str:
     for technique, found in rows[rows["stage"] == "sealed"].groupby("technique", sort=False):
         uniform, placed = (found[found["placement"] == name].iloc[0] for name in ("uniform", "placed"))
         line = f"- {technique}, {placed['level_name']}: {uniform['level']:.2f} with one level for all layers, "
-        line += f"{placed['level']:.2f} placed; on sealed requests {uniform['decision']} and {placed['decision']}, ASR "
+        decisions = (uniform["decision"], placed["decision"])
+        said = f"both {decisions[0]}" if decisions[0] == decisions[1] else " and ".join(decisions)
+        line += f"{placed['level']:.2f} placed; on sealed requests {said}, ASR "
         lines.append(f"{line}{100 * uniform['asr']:.1f} % and {100 * placed['asr']:.1f} %.")
     return between_markers(readme, "placement", "lib.report", "\n".join(lines))
+
+
+def with_judge(readme: str, read: pd.DataFrame) -> str:
+    """The README's text with the judge's agreement replaced; read: replies labelled by reading, and its verdicts."""
+    every, strong = (judge_check.agreement(part["human"].tolist(), part["verdict"].tolist())
+                     for part in (read, read[read["strength"] == "strong"]))  # fmt: skip
+    low, high = (f"{100 * every[limit]:.0f}" for limit in ("low", "high"))
+    lines = [f"The judge is a set of rules. On {every['n']} replies labelled by reading, drawn to be difficult and not"]
+    lines += [f"used to set the rules, it agrees with {_percent(every['accuracy'])} [{low}, {high}] (`09_report`); at"]
+    lines += [f"strong levels, where text is half garbled, with {_percent(strong['accuracy'])} of {strong['n']}."]
+    return between_markers(readme, "judge", "lib.report", "\n".join(lines))
 
 
 def committed_rows(figure: str = "headline") -> pd.DataFrame:
@@ -284,4 +297,5 @@ if __name__ == "__main__":  # python -m lib.report: writes the committed figures
     file = ROOT / "README.md"
     page = with_findings(file.read_text(encoding="utf-8"), committed_rows())
     page = with_defence(page, committed_rows(DEFENCE_FIGURE))
-    file.write_text(with_placement(page, committed_rows(PLACEMENT_FIGURE)), encoding="utf-8")
+    page = with_placement(page, committed_rows(PLACEMENT_FIGURE))
+    file.write_text(with_judge(page, judge_check.judged()), encoding="utf-8")

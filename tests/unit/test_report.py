@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lib import published, report, report_page, statistics, summary
+from lib import judge_check, published, report, report_page, statistics, summary
 from lib.judges_classifier import HS_COLUMN
 from lib.paths import ROOT, between_markers
 
@@ -58,6 +58,13 @@ def test_readme_says_what_the_committed_figure_of_the_placement_says():
     sealed = rows[rows["stage"] == "sealed"]
     assert (sealed[["n_harmful", "n_harmless", "n_confusable"]].sum(axis=1) >= 1000).all()
     assert all(f"{level:.2f} placed" in readme for level in sealed.loc[sealed["placement"] == "placed", "level"])
+
+
+def test_readme_says_how_often_the_judge_agrees_with_the_reader():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    read = judge_check.judged()
+    assert report.with_judge(readme, read) == readme
+    assert f"agrees with {100 * (read['human'] == read['verdict']).mean():.0f} %" in readme
 
 
 def test_a_page_without_markers_gets_them_at_its_end():
