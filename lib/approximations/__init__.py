@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from lib.approximations.bolt import Bolt
@@ -13,7 +14,7 @@ from lib.approximations.noise import Gaussian, Laplace
 from lib.approximations.omniquant import OmniQuant
 from lib.approximations.smoothquant import SmoothQuant
 from lib.approximations.teal import Teal
-from lib.approximations.technique import OPERATIONS, State, Step, Technique, setting_names
+from lib.approximations.technique import OPERATIONS, State, Step, Technique
 
 TECHNIQUES: dict[str, type[Technique]] = {
     technique.name: technique
@@ -22,14 +23,18 @@ TECHNIQUES: dict[str, type[Technique]] = {
 
 
 def make(name: str, **settings: Any) -> Technique:
-    """The technique `name` with these settings. ValueError lists the valid names or settings for a misspelt one."""
-    if name not in TECHNIQUES:
+    """The technique `name` with these settings. ValueError lists the valid names or settings for a misspelt one,
+    and says which settings are of a wrong type."""
+    if name not in list(TECHNIQUES):
         raise ValueError(f"unknown technique {name!r}; choose one of {', '.join(TECHNIQUES)}")
-    valid = setting_names(TECHNIQUES[name])
+    valid = [field.name for field in fields(TECHNIQUES[name])]
     unknown = [setting for setting in settings if setting not in valid]
     if unknown:
         raise ValueError(f"{name}: unknown setting {', '.join(unknown)}; valid settings are {', '.join(valid)}")
-    return TECHNIQUES[name](**settings)
+    try:
+        return TECHNIQUES[name](**settings)
+    except TypeError as error:
+        raise ValueError(f"{name}: {settings} are not valid settings ({error})") from None
 
 
 __all__ = ["OPERATIONS", "TECHNIQUES", "State", "Step", "Technique", "make"]

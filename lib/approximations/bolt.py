@@ -26,7 +26,15 @@ from scipy.special import erf
 from torch import Tensor
 
 from lib.approximations import fixed_point, remez
-from lib.approximations.fixed_point import FRACTION_BITS, RING_BITS, WIDE_RING_BITS, normalise
+from lib.approximations.fixed_point import (
+    FRACTION_BITS,
+    RING_BITS,
+    VALID_FRACTION_BITS,
+    WIDE_RING_BITS,
+    normalise,
+    reciprocal,
+    rsqrt,
+)
 from lib.approximations.polynomialization import (
     Polynomialization,
     by_kind,
@@ -36,7 +44,8 @@ from lib.approximations.polynomialization import (
 )
 from lib.approximations.technique import State, check_choice, evaluate_polynomial
 
-GELU_FORM = "erf"
+__all__ = ["Bolt", "exp", "gelu", "normalise", "reciprocal", "rsqrt", "silu", "softmax"]
+
 CUT_OFF = {"gelu": 2.7, "silu": 6.5}
 PUBLISHED_GELU = (
     0.001620808531841547, -0.03798164612714154, 0.5410550166368381, -0.18352506127082727, 0.020848611754127593,
@@ -87,8 +96,15 @@ def _even_part(kind: str, degree: int) -> fixed_point.Table:
 
 
 def _activation(
-    x: Tensor, kind: str, arithmetic: str, degree: int, fraction_bits: int, ring_bits: int, output_bits: int | None
+    x: Tensor,
+    kind: str,
+    arithmetic: str,
+    degree: int = PUBLISHED_DEGREE,
+    fraction_bits: int = FRACTION_BITS,
+    ring_bits: int = RING_BITS,
+    output_bits: int | None = None,
 ) -> Tensor:
+    """output_bits: fraction bits kept of the result by a floor; None keeps all."""
     check_arithmetic("bolt", arithmetic)
     cut_off = CUT_OFF[kind]
     if arithmetic == "real":
@@ -109,32 +125,18 @@ def _activation(
     return fixed_point.decode(result >> (fraction_bits - output_bits), output_bits, x)
 
 
-def gelu(
-    x: Tensor,
-    arithmetic: str = "fixed",
-    degree: int = PUBLISHED_DEGREE,
-    fraction_bits: int = FRACTION_BITS,
-    ring_bits: int = RING_BITS,
-    output_bits: int | None = None,
-) -> Tensor:
+def gelu(x: Tensor, arithmetic: str = "fixed", **constants: Any) -> Tensor:
     """x/2 + P(|x|) below 2.7, else max(x, 0); largest error 9.4e-3, the jump at 2.7.
 
-    output_bits: fraction bits kept of the result by a floor; None keeps all. The public code computes in (20, 11) and
-    keeps 4. Beyond |x| = 2^(ring_bits - fraction_bits - 1) the fixed-point input wraps.
+    constants: degree, fraction_bits, ring_bits, output_bits. The public code computes in (20, 11) and keeps 4. Beyond
+    |x| = 2^(ring_bits - fraction_bits - 1) the fixed-point input wraps.
     """
-    return _activation(x, "gelu", arithmetic, degree, fraction_bits, ring_bits, output_bits)
+    return _activation(x, "gelu", arithmetic, **constants)
 
 
-def silu(
-    x: Tensor,
-    arithmetic: str = "fixed",
-    degree: int = PUBLISHED_DEGREE,
-    fraction_bits: int = FRACTION_BITS,
-    ring_bits: int = RING_BITS,
-    output_bits: int | None = None,
-) -> Tensor:
+def silu(x: Tensor, arithmetic: str = "fixed", **constants: Any) -> Tensor:
     """x/2 + Q(|x|) below 6.5, else max(x, 0), Q = minimax of SiLU(y) - y/2 on [0, 6.5]. Our construction."""
-    return _activation(x, "silu", arithmetic, degree, fraction_bits, ring_bits, output_bits)
+    return _activation(x, "silu", arithmetic, **constants)
 
 
 def _exp_real(x: Tensor) -> Tensor:
@@ -195,7 +197,7 @@ class Bolt(Polynomialization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fixed_point.check_fraction_bits(self.name, self.fraction_bits)
+        check_choice(self.name, "fraction_bits", self.fraction_bits, VALID_FRACTION_BITS)
         check_choice(self.name, "degree", self.degree, DEGREES)
 
     def operation(self, operation: str, layer: int, state: State | None, site: str = "") -> Callable[..., Tensor]:

@@ -10,7 +10,8 @@ Transformers", NDSS 2025, with constants and number formats as in its public cod
 ring of 64 bits with 18 fraction bits, GELU in 32 bits with 12. The paper prints an older GELU of four segments; the
 code's current one is used. Not emulated: the off-by-one of shared products and comparisons that read 4 fraction bits.
 
-With fewer fraction bits than the system's own, its tensors get coarser and its public coefficients stay as they are.
+With fewer fraction bits than the system's own its tensors get coarser, and with them the coefficients of reciprocal and
+inverse root and the constant term of SiLU's sigmoid; the other coefficients keep their bits.
 Order of operations that the code leaves to its compiler (normalisation: 1/n as a public constant of 18 bits) is our
 reading, of medium confidence. SiLU and RMSNorm need no construction: the system runs LLaMA.
 """
@@ -44,7 +45,6 @@ __all__ = ["BumbleBee", "exp", "gelu", "normalise", "reciprocal", "rsqrt", "silu
 
 RING_BITS, FRACTION_BITS = 64, 18
 GELU_RING_BITS, GELU_FRACTION_BITS = 32, 12
-GELU_FORM = "erf"
 GELU_CUT_OFF, SILU_CUT_OFF, EXP_CUT_OFF = 3, 8, -14
 SIGMOID = (0.49352908920523014, 0.3028510171823098, -0.06808619212463336, 0.006747908074344234, -0.0002472776978734074)
 QUARTIC_BITS = 21
@@ -223,22 +223,14 @@ def rsqrt(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BI
     return decode(_rsqrt_fixed(_encode(x, fraction_bits), fraction_bits), fraction_bits, x)
 
 
-def normalise(
-    x: Tensor,
-    eps: float = 0.0,
-    arithmetic: str = "fixed",
-    fraction_bits: int = FRACTION_BITS,
-    center: bool = False,
-) -> Tensor:
-    """x rsqrt(mean(x^2) + eps) over the last axis, with `center` of x - mean(x); eps below 2^-s vanishes."""
+def normalise(x: Tensor, eps: float = 0.0, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
+    """x rsqrt(mean(x^2) + eps) over the last axis; eps below 2^-s vanishes."""
     check_arithmetic("bumblebee", arithmetic)
     if arithmetic == "real":
-        return normalise_real(x, _rsqrt_real, eps, center)
+        return normalise_real(x, _rsqrt_real, eps)
     s, share = fraction_bits, round(2**MEAN_BITS / x.shape[-1])
     product = partial(multiply, ring_bits=RING_BITS)
     encoded = _encode(x, s)
-    if center:
-        encoded = encoded - product(encoded.sum(-1, keepdim=True), share, MEAN_BITS)
     mean_square = product(product(encoded, encoded, s).sum(-1, keepdim=True), share, MEAN_BITS) + constant(eps, s)
     result = product(encoded, _rsqrt_fixed(mean_square, s), s)
     return decode(result, s, x.abs().amax(-1, keepdim=True))

@@ -31,18 +31,16 @@ def threshold(centers: Tensor, counts: Tensor, sparsity: float) -> Tensor:
     """The sparsity-quantile (float32 scalar) of |a| from the histogram of the signed a: centers [bins], counts [bins].
 
     Counts are spread evenly within their bins. The released code takes the left edge of a bin of width 2e-4 instead,
-    which is the same to within that bin. 0 for sparsity 0; raises ValueError outside [0, 1).
+    which is the same to within that bin. 0 for sparsity 0.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"cats: sparsity={sparsity} is not valid; choose a number within [0, 1)")
     if sparsity == 0:
         return torch.zeros(())
     edges = bin_edges(centers).numpy()
     below = np.concatenate([[0.0], counts.double().cpu().cumsum(0).numpy()])
-    magnitudes = np.sort(np.abs(edges))
+    magnitudes = np.sort(np.abs(np.append(edges, 0.0)))
     within = np.interp(magnitudes, edges, below) - np.interp(-magnitudes, edges, below)
     wanted = sparsity * below[-1]
-    k = max(int(np.searchsorted(within, wanted)), 1)
+    k = int(np.searchsorted(within, wanted))
     share = (wanted - within[k - 1]) / (within[k] - within[k - 1])
     return torch.tensor(magnitudes[k - 1] + share * (magnitudes[k] - magnitudes[k - 1]), dtype=torch.float32)
 

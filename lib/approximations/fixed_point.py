@@ -19,13 +19,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from lib.approximations.polynomialization import (
-    check_arithmetic,
-    fill_invisible,
-    normalise_real,
-    real_valued,
-)
-from lib.approximations.technique import check_choice
+from lib.approximations.polynomialization import check_arithmetic, fill_invisible, normalise_real, real_valued
 
 Table = Callable[[int], Tensor]
 """fraction bits -> int64 [entries]"""
@@ -92,7 +86,7 @@ def reciprocal_index_bits(fraction_bits: int) -> int:
     return max(math.ceil((fraction_bits - 2) / 2), 0)
 
 
-def _reciprocal_cells(fraction_bits: int) -> tuple[Tensor, Tensor]:
+def reciprocal_cells(fraction_bits: int) -> tuple[Tensor, Tensor]:
     """Per cell: z = p (p + 1/k) for its left end p, and the intercept (1/(2k) + sqrt z) / z, both float64 [k]."""
     k = 2 ** reciprocal_index_bits(fraction_bits)
     p = 1 + torch.arange(k, dtype=torch.float64) / k
@@ -101,21 +95,21 @@ def _reciprocal_cells(fraction_bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _real_squares(fraction_bits: int) -> Tensor:
-    return _reciprocal_cells(fraction_bits)[0]
+    return reciprocal_cells(fraction_bits)[0]
 
 
 def _real_intercepts(fraction_bits: int) -> Tensor:
-    return _reciprocal_cells(fraction_bits)[1]
+    return reciprocal_cells(fraction_bits)[1]
 
 
 def _reciprocal_slopes(fraction_bits: int) -> Tensor:
     m = reciprocal_index_bits(fraction_bits)
-    return (2.0 ** (m + 3) / _reciprocal_cells(fraction_bits)[0]).floor().to(torch.int64)
+    return (2.0 ** (m + 3) / reciprocal_cells(fraction_bits)[0]).floor().to(torch.int64)
 
 
 def _reciprocal_intercepts(fraction_bits: int) -> Tensor:
     m = reciprocal_index_bits(fraction_bits)
-    return (2.0 ** (2 * m + 2) * _reciprocal_cells(fraction_bits)[1]).floor().to(torch.int64)
+    return (2.0 ** (2 * m + 2) * reciprocal_cells(fraction_bits)[1]).floor().to(torch.int64)
 
 
 def reciprocal_normalised(b: Tensor, b_bits: int, fraction_bits: int) -> Tensor:
@@ -205,11 +199,6 @@ def rsqrt_real(v: Tensor, fraction_bits: int = FRACTION_BITS) -> Tensor:
 # The functions Iron and BOLT share, floating point in and out ---------------------------------------------------------
 
 
-def check_fraction_bits(system: str, fraction_bits: int) -> None:
-    """ValueError for fraction bits whose tables the system does not have."""
-    check_choice(system, "fraction_bits", fraction_bits, VALID_FRACTION_BITS)
-
-
 def reciprocal(
     x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS, ring_bits: int = RING_BITS
 ) -> Tensor:
@@ -265,21 +254,18 @@ def normalise(
     arithmetic: str = "fixed",
     fraction_bits: int = FRACTION_BITS,
     ring_bits: int = RING_BITS,
-    center: bool = False,
     output_bits: int | None = None,
 ) -> Tensor:
-    """x rsqrt(mean(x^2)) over the last axis (RMSNorm, our construction), with `center` of x - mean(x) (LayerNorm).
+    """x rsqrt(mean(x^2)) over the last axis: RMSNorm, our construction.
 
     No epsilon: 12 fraction bits cannot hold one. The sum of squares wraps at 2^(l-s-1). output_bits: fraction bits kept
     of the result by a floor; None keeps all.
     """
     check_arithmetic("normalise", arithmetic)
     if arithmetic == "real":
-        return normalise_real(x, partial(rsqrt_real, fraction_bits=fraction_bits), center=center)
+        return normalise_real(x, partial(rsqrt_real, fraction_bits=fraction_bits))
     s, share = fraction_bits, 2**MEAN_BITS // x.shape[-1]
     encoded = encode(x, s, ring_bits)
-    if center:
-        encoded = encoded - multiply(wrap(encoded.sum(-1, keepdim=True), ring_bits), share, MEAN_BITS, ring_bits)
     squares = multiply(encoded, encoded, s, ring_bits)
     mean_square = multiply(wrap(squares.sum(-1, keepdim=True), ring_bits), share, MEAN_BITS, ring_bits)
     result = multiply(encoded, rsqrt_integers(mean_square, s, ring_bits), s, ring_bits)

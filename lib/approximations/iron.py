@@ -30,6 +30,7 @@ from lib.approximations import fixed_point
 from lib.approximations.fixed_point import (
     FRACTION_BITS,
     RING_BITS,
+    VALID_FRACTION_BITS,
     WIDE_RING_BITS,
     constant,
     decode,
@@ -51,7 +52,6 @@ from lib.approximations.technique import State, check_choice
 
 __all__ = ["Iron", "exp", "gelu", "normalise", "reciprocal", "rsqrt", "silu", "softmax"]
 
-GELU_FORM = "tanh"
 CUBIC, ROOT = 0.044715, math.sqrt(2 / math.pi)
 DIGIT_BITS = 8
 
@@ -101,12 +101,9 @@ def _sigmoid_table(fraction_bits: int) -> Tensor:
 @lru_cache(maxsize=64)
 def _real_lines(fraction_bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Intercepts and slopes in E, [cells] each, of the lines of the table of 1/(1 + E), unrounded, for E in [0, 1]."""
-    cells = 2 ** fixed_point.reciprocal_index_bits(fraction_bits)
-    left = torch.arange(cells, dtype=torch.float64) / cells
-    middle = left + 0.5 / cells
-    at_left, at_middle = (fixed_point.reciprocal_real(1 + e, fraction_bits) for e in (left, middle))
-    slope = (at_middle - at_left) * (2 * cells)
-    return (at_left - slope * left).to(device, dtype), slope.to(device, dtype)
+    squares, intercepts = fixed_point.reciprocal_cells(fraction_bits)
+    left = torch.arange(len(squares), dtype=torch.float64) / len(squares)
+    return (intercepts + left / squares).to(device, dtype), (-1 / squares).to(device, dtype)
 
 
 def _real_inverse_of_one_plus(e: Tensor, fraction_bits: int) -> Tensor:
@@ -193,7 +190,7 @@ class Iron(Polynomialization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fixed_point.check_fraction_bits(self.name, self.fraction_bits)
+        check_choice(self.name, "fraction_bits", self.fraction_bits, VALID_FRACTION_BITS)
 
     def operation(self, operation: str, layer: int, state: State | None, site: str = "") -> Callable[..., Tensor]:
         check_choice(self.name, "operation", operation, self.operations)

@@ -39,7 +39,6 @@ from lib.approximations.polynomialization import (
 )
 from lib.approximations.technique import State, Statistics, calibrated, check_choice, evaluate_polynomial
 
-GELU_FORM = "tanh"
 GELU_CUT_OFF, SILU_CUT_OFF = 3.5, 7.0
 GELU_RANGE = 5.0
 GELU = (
@@ -154,7 +153,7 @@ def reciprocal(
 
 
 def softmax_constants(n_keys: Tensor) -> tuple[Tensor, Tensor]:
-    """(d, k) for sums in [1, n]: d = 1/n and the fewest iterations k with (1 - d)^(2^(k+1)) <= 1e-3."""
+    """(d, k) for sums in [1, n]: d = 1/n and enough iterations k for (1 - d)^(2^(k+1)) <= 1e-3."""
     n = n_keys.to(torch.float64).clamp(min=1)
     factors = torch.ceil(torch.log2(n * math.log(1 / TOLERANCE))).to(torch.int64)
     return 1 / n, factors - 1
@@ -194,10 +193,10 @@ def rsqrt(x: Tensor, arithmetic: str = "real", factor: float = 1.0) -> Tensor:
     return real_valued(partial(_rsqrt, factor=factor), x)
 
 
-def normalise(x: Tensor, arithmetic: str = "real", factor: float = 1.0, center: bool = False) -> Tensor:
-    """x rsqrt(mean(x^2)) over the last axis, no epsilon. The published LayerNorm subtracts no mean: not `center`."""
+def normalise(x: Tensor, arithmetic: str = "real", factor: float = 1.0) -> Tensor:
+    """x rsqrt(mean(x^2)) over the last axis, no epsilon. The published LayerNorm subtracts no mean either."""
     check_arithmetic("nexus", arithmetic, Nexus.arithmetics)
-    return normalise_real(x, partial(_rsqrt, factor=factor), center=center)
+    return normalise_real(x, partial(_rsqrt, factor=factor))
 
 
 @dataclass(frozen=True)

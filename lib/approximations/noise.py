@@ -166,6 +166,6 @@ class Laplace(Noise):
         return self.scale
 
     def draw(self, shape: torch.Size, generator: Generator) -> Tensor:
-        """sign(u) log(1 - |u|) with u uniform on (-1, 1) is Laplace(0, 1)."""
+        """-sign(u) log(1 - |u|) with u uniform on (-1, 1) is Laplace(0, 1)."""
         u = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32).mul_(2).sub_(1)
         return torch.log1p(u.abs().clamp_(max=1 - 2**-24).neg_()).copysign_(u)

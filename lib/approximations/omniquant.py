@@ -151,7 +151,7 @@ def train_block(
                 if auxiliary_targets is not None:
                     loss = loss + mse_loss(output.float(), auxiliary_targets[i].float())
             if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"omniquant: loss {loss.item()} in {block}, epoch {epoch}; try a lower rate")
+                raise FloatingPointError(f"omniquant diverges: loss {loss.item()} in {block}, epoch {epoch}")
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

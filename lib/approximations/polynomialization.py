@@ -105,11 +105,7 @@ def softmax_real(
     return (weights * reciprocal(total)).to(scores.dtype)
 
 
-def normalise_real(
-    x: Tensor, rsqrt: Callable[[Tensor], Tensor], eps: float = 0.0, center: bool = False
-) -> Tensor:
-    """x rsqrt(mean(x^2) + eps) over the last axis in float64; with `center` the mean of x is taken off first."""
+def normalise_real(x: Tensor, rsqrt: Callable[[Tensor], Tensor], eps: float = 0.0) -> Tensor:
+    """x rsqrt(mean(x^2) + eps) over the last axis in float64."""
     wide = x.to(torch.float64)
-    if center:
-        wide = wide - wide.mean(-1, keepdim=True)
     return (wide * rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

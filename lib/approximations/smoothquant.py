@@ -19,20 +19,6 @@ from torch import Tensor
 
 from lib.approximations.technique import State, Statistics, Step, Technique, Transform, calibrated, check_choice
 
-ALPHA = {
-    "llama-2-7b": 0.85,
-    "llama-2-13b": 0.85,
-    "llama-2-70b": 0.90,
-    "llama-3-8b": 0.85,
-    "llama-3-70b": 0.85,
-    "mistral-7b": 0.80,
-    "mixtral-8x7b": 0.80,
-    "falcon-7b": 0.60,
-    "falcon-40b": 0.70,
-    "opt": 0.50,
-}
-"""Model -> alpha, from the released README and perplexity script (opt: int8 export). Others: 0.85, our choice."""
-
 SMOOTHED = {"attn_in": ("q", "k", "v"), "mlp_in": ("gate", "up")}
 """Site -> the projections that share its smoothing scales."""
 
@@ -77,7 +63,7 @@ def quantize(x: Tensor, bits: int, per: str = "token", scale: float | Tensor | N
 class SmoothQuant(Technique):
     """SmoothQuant with 16-bit weights (W16An).
 
-    bits: of the activations; 16 or more change nothing. alpha: migration strength, see `ALPHA`.
+    bits: of the activations; 16 or more change nothing. alpha: migration strength; `lib.registry` has each model's.
     per: "token" and "tensor" measure the range as they run, "static" takes it from calibration.
     smooth: False leaves plain symmetric rounding, the baseline.
     attention: also rounds the outputs of q, k and v, before rotary embedding and across all heads.

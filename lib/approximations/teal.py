@@ -92,7 +92,8 @@ def paper_threshold(sparsity: float, site: str) -> float:
     Laplace(0, 0.024) at mlp_mid, which reproduce its printed values.
     """
     if sparsity in PAPER_THRESHOLDS:
-        return PAPER_THRESHOLDS[sparsity][site == "mlp_mid"]
+        mlp_in, mlp_mid = PAPER_THRESHOLDS[sparsity]
+        return mlp_mid if site == "mlp_mid" else mlp_in
     if site == "mlp_mid":
         return -0.024 * math.log1p(-sparsity)
     return NormalDist(0.0, 0.35).inv_cdf(0.5 + sparsity / 2)
@@ -101,18 +102,6 @@ def paper_threshold(sparsity: float, site: str) -> float:
 def sparsify(x: Tensor, threshold: float | Tensor) -> Tensor:
     """x with the entries of |x| <= threshold (a scalar) set to 0, compared in float32; NaN stays NaN."""
     return hardshrink(x.float(), float(threshold)).to(x.dtype)
-
-
-def treated_positions(step: Step, prompt: str) -> Tensor:
-    """bool [batch, seq]: the positions whose activations are sparsified in this pass.
-
-    Decode steps always. Of a prompt with n real tokens: the last floor(n/2) ("last_half"), all or none ("decode").
-    """
-    if not step.prefill or prompt == "all":
-        return torch.ones_like(step.real)
-    if prompt == "decode":
-        return torch.zeros_like(step.real)
-    return step.second_half
 
 
 @dataclass(frozen=True)
@@ -252,16 +241,17 @@ class Teal(Technique):
         return state
 
     def transform(self, site: str, layer: int, state: State | None) -> Transform:
+        """Zeroes what is small: in decode steps always, of a prompt's n tokens the last floor(n/2), all or none."""
         if self.thresholds == "paper":
             cutoff = paper_threshold(self.sparsity, site.partition(".")[0])
         else:
             cutoff = float(calibrated(self.name, state, f"{layer}.{site}"))
 
         def zero_small(x: Tensor, step: Step) -> Tensor:
-            if cutoff <= 0:
+            if cutoff <= 0 or (step.prefill and self.prompt == "decode"):
                 return x
-            if self.prompt == "all" or not step.prefill:
-                return sparsify(x, cutoff)
-            return torch.where(treated_positions(step, self.prompt).unsqueeze(-1), sparsify(x, cutoff), x)
+            if step.prefill and self.prompt == "last_half":
+                return torch.where(step.second_half.unsqueeze(-1), sparsify(x, cutoff), x)
+            return sparsify(x, cutoff)
 
         return zero_small

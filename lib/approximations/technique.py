@@ -8,7 +8,7 @@ are plain tensor functions: techniques never see a model. `lib.patching` puts th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
@@ -51,9 +51,6 @@ class Statistics(Protocol):
     """What one calibration pass measured (see `lib.calibration`). Layers count from 0."""
 
     n_layers: int
-    n_tokens: int
-    window: int
-    activation: str
     head_dim: int
 
     def histogram(self, layer: int, site: str) -> tuple[Tensor, Tensor]:
@@ -162,11 +159,6 @@ def calibrated(technique: str, state: State | None, key: str) -> Tensor:
     if state is None or key not in state:
         raise ValueError(f"{technique}: no calibrated value for {key}; pass the state that technique.calibrate returns")
     return state[key]
-
-
-def setting_names(cls: type[Technique]) -> list[str]:
-    """Names of a technique's settings, as `make` takes them."""
-    return [field.name for field in fields(cls)]
 
 
 def evaluate_polynomial(coefficients: tuple[float, ...], x: Tensor, out: Tensor | None = None) -> Tensor:

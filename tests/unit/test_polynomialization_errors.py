@@ -10,8 +10,7 @@ import torch
 
 from lib.approximations import bolt, bumblebee, fixed_point, iron, nexus
 from lib.approximations.polynomialization import softmax_real
-from tests.unit import superseded
-from tests.unit.superseded import gelu_erf, gelu_tanh, nexus_exact_sign, silu
+from tests.unit.references import gelu_erf, gelu_tanh, nexus_exact_sign, silu
 
 BOLT_11 = {"fraction_bits": 11, "ring_bits": 20}
 
@@ -38,16 +37,11 @@ GELU_ROWS = [
     (gelu_tanh, gelu_erf, (4.73e-4, 1.74e-4, 1.29e-4, 4.73e-4)),
     (iron.gelu, gelu_erf, (1.468e-3, 7.80e-4, 3.59e-4, 1.47e-3)),
     (iron.gelu, gelu_tanh, (1.464e-3, 7.47e-4, 2.92e-4, 1.22e-3)),
-    (superseded.iron_script_gelu, gelu_tanh, (2.738e-2, 5.82e-3, 6.35e-3, 2.74e-2)),
     (partial(bolt.gelu, arithmetic="real"), gelu_erf, (9.361e-3, 1.544e-3, 1.230e-3, 9.36e-3)),
     (partial(bolt.gelu, arithmetic="real"), gelu_tanh, (8.888e-3, 1.428e-3, 1.203e-3, 8.89e-3)),
     (bolt.gelu, gelu_erf, (9.366e-3, 1.596e-3, 1.471e-3, 9.37e-3)),
     (partial(bolt.gelu, **BOLT_11), gelu_erf, (9.378e-3, 2.221e-3, 2.896e-3, 9.38e-3)),
     (partial(bolt.gelu, output_bits=4, **BOLT_11), gelu_erf, (6.72e-2, 3.01e-2, 3.69e-2, 6.73e-2)),
-    (superseded.gelu_segments, gelu_erf, (3.328e-2, 5.082e-3, 5.883e-3, 1.98e-2)),
-    (superseded.gelu_segments, gelu_tanh, (3.328e-2, 5.063e-3, 5.826e-3, 1.94e-2)),
-    (partial(superseded.gelu_segments, low=-4, middle=-1.95, eps=0), gelu_erf, (1.991e-2, 3.390e-3, 5.876e-3, 1.98e-2)),
-    (partial(superseded.gelu_segments, low=-4, middle=-1.95, eps=0), gelu_tanh, (1.95e-2, 3.364e-3, 5.82e-3, 1.94e-2)),
     (partial(bumblebee.gelu, arithmetic="real"), gelu_erf, (5.218e-3, 1.134e-3, 1.167e-3, 5.22e-3)),
     (partial(bumblebee.gelu, arithmetic="real"), gelu_tanh, (5.630e-3, 1.130e-3, 1.155e-3, 5.63e-3)),
     (partial(nexus_exact_sign, even=nexus.GELU, cut_off=3.5), gelu_erf, (8.139e-4, 2.251e-4, 1.926e-4, 8.14e-4)),
@@ -76,20 +70,12 @@ def test_nexus_gelu_within_its_range(reference, expected):
 
 SILU_ROWS = [
     (iron.silu, (5.145e-3, 1.642e-3, 3.00e-4, 2.3e-3)),
-    (superseded.iron_tanh_form_silu, (2.743e-3, 7.98e-4, 2.71e-4, 1.5e-3)),
-    (superseded.iron_script_silu, (5.092e-2, 1.696e-2, 5.05e-3, 5.1e-2)),
     (partial(bolt.silu, arithmetic="real"), (1.028e-2, 6.98e-3, 7.08e-3, 1.03e-2)),
     (bolt.silu, (1.271e-2, 7.12e-3, 6.87e-3, 1.22e-2)),
-    (partial(superseded.bolt_silu, cut_off=8.0), (2.124e-2, 1.492e-2, 1.470e-2, 2.12e-2)),
-    (partial(superseded.bolt_silu, cut_off=4.6), (4.578e-2, 1.281e-2, 1.09e-3, 4.5e-2)),
-    (partial(superseded.bolt_silu, cut_off=2.7), (1.700e-1, 5.24e-2, 1.21e-2, 1.70e-1)),
     (partial(bumblebee.silu, arithmetic="real"), (9.886e-3, 5.948e-3, 3.449e-3, 9.6e-3)),
     (bumblebee.silu, (1.179e-2, 6.454e-3, 3.459e-3, 8.9e-3)),
-    (superseded.silu_segments, (7.194e-2, 1.505e-2, 5.869e-3, 7.1e-2)),
     (partial(nexus.silu, largest=32), (5.392e-3, 3.009e-3, 3.675e-3, 5.4e-3)),
     (partial(nexus_exact_sign, even=nexus.SILU, cut_off=7.0), (9.360e-3, 3.244e-3, 3.675e-3, 5.4e-3)),
-    (partial(nexus_exact_sign, even=superseded.NEXUS_SILU[8.0], cut_off=8.0), (1.695e-2, 5.839e-3, 7.452e-3, 1.1e-2)),
-    (partial(nexus_exact_sign, even=superseded.NEXUS_SILU[3.5], cut_off=3.5), (1.026e-1, 2.988e-2, 1.905e-3, 1.0e-1)),
 ]
 
 

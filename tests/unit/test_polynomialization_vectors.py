@@ -10,8 +10,7 @@ import torch
 from scipy.special import erf
 
 from lib.approximations import bolt, bumblebee, fixed_point, iron, nexus, remez
-from tests.unit import superseded
-from tests.unit.superseded import gelu_tanh, nexus_exact_sign, silu
+from tests.unit.references import even_fit, gelu_tanh, nexus_exact_sign, silu
 
 
 def column(function, points):
@@ -26,8 +25,6 @@ GELU_COLUMNS = {
              0.842018, 1.398171, 2.485080, 3)),
     "bolt 4 bits": (lambda x: bolt.gelu(x, **bolt.PUBLISHED_ACTIVATION), (0, 0, -0.0625, -0.125, -0.1875, -0.1875, 0,
                     0.3125, 0.8125, 1.375, 2.4375, 3)),
-    "bumblebee paper": (superseded.gelu_segments, (0.000627, -0.003369, -0.015306, -0.100949, -0.167026, -0.153719,
-                        0.008526, 0.346281, 0.832974, 1.399051, 2.479489, 3.015864)),
     "nexus": (lambda x: nexus_exact_sign(x, nexus.GELU, 3.5), (0, -0.003824, -0.014941, -0.100221, -0.158893,
               -0.154407, 0.000226, 0.345593, 0.841107, 1.399779, 2.485059, 2.996176)),
 }  # fmt: skip
@@ -51,8 +48,6 @@ SILU_COLUMNS = {
     "iron": (iron.silu, (0, -0.031738, -0.141357, -0.268555, 0, 0.730957, 2.857910, 4.965820, 7.996094)),
     "bolt": (lambda x: bolt.silu(x, "real"), (0, -0.032100, -0.145953, -0.259886, -0.010278, 0.740114, 2.854047,
              4.967900, 8)),
-    "segments": (superseded.silu_segments, (-0.005921, -0.035535, -0.138341, -0.274189, 0.008506, 0.725811, 2.861659,
-                 5, 8)),
     "bumblebee": (lambda x: bumblebee.silu(x, "real"), (0.007203, -0.027153, -0.145589, -0.265205, 0, 0.734795,
                   2.854411, 4.972847, 8)),
     "nexus": (lambda x: nexus_exact_sign(x, nexus.SILU, 7.0), (0, -0.030718, -0.138786, -0.272279, 0.005392, 0.727721,
@@ -103,14 +98,10 @@ def test_remez_gives_the_coefficients_of_bolt():
     assert level == pytest.approx(bolt.PUBLISHED_GELU[0], abs=1e-8)
 
 
-@pytest.mark.parametrize(("cut_off", "in_y", "error"), [
-    (6.5, bolt.SILU, 1.028e-2), (8.0, superseded.BOLT_SILU[8.0], 2.124e-2),
-    (4.6, superseded.BOLT_SILU[4.6], 1.546e-3), (2.7, superseded.BOLT_SILU[2.7], 7.45e-4),
-])  # fmt: skip
-def test_remez_gives_the_silu_refits(cut_off, in_y, error):
-    scaled, level = remez.minimax(lambda y: y / 2 * np.tanh(y / 2), cut_off, 4)
-    assert scaled / cut_off ** np.arange(5) == pytest.approx(in_y, abs=1e-8)
-    assert level == pytest.approx(error, rel=1e-3)
+def test_remez_gives_the_silu_refit():
+    scaled, level = remez.minimax(lambda y: y / 2 * np.tanh(y / 2), 6.5, 4)
+    assert scaled / 6.5 ** np.arange(5) == pytest.approx(bolt.SILU, abs=1e-8)
+    assert level == pytest.approx(1.028e-2, rel=1e-3)
 
 
 def test_motzkin_form_expands_to_the_polynomial():
@@ -121,22 +112,11 @@ def test_motzkin_form_expands_to_the_polynomial():
     assert torch.allclose((z + g0 * y + g3) * z + g4, plain, atol=1e-12)
 
 
-@pytest.mark.parametrize(("coefficients", "low", "high", "n", "function"), [
-    (superseded.PUMA_A, -4, -2, 1000, gelu_tanh), (superseded.PUMA_B, -3, 3, 1000, gelu_tanh),
-    (superseded.PUMA_SILU_A, -8, -4, 50, silu), (superseded.PUMA_SILU_B, -4, 4, 50, silu),
-])  # fmt: skip
-def test_least_squares_gives_the_segments(coefficients, low, high, n, function):
-    points = np.linspace(low, high, n)
-    fit = np.polyfit(points, function(torch.tensor(points)).numpy(), len(coefficients) - 1)[::-1]
-    assert fit == pytest.approx(coefficients, abs=1e-13)
-
-
 @pytest.mark.parametrize(("even", "cut_off", "function", "agreement"), [
     (nexus.GELU, 3.5, gelu_tanh, 2e-9), (nexus.SILU, 7.0, silu, 1e-11),
-    (superseded.NEXUS_SILU[8.0], 8.0, silu, 1e-11), (superseded.NEXUS_SILU[3.5], 3.5, silu, 1e-11),
 ])  # fmt: skip
 def test_least_squares_gives_the_even_polynomials(even, cut_off, function, agreement):
-    assert superseded.even_fit(function, cut_off) == pytest.approx(even, rel=agreement)
+    assert even_fit(function, cut_off) == pytest.approx(even, rel=agreement)
 
 
 def test_sigmoid_quartic_of_bumblebee_is_near_least_squares():

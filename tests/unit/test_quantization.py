@@ -331,7 +331,6 @@ def test_a_token_depends_on_the_others_only_per_tensor(technique: Technique, alo
 def test_settings_are_checked() -> None:
     assert SmoothQuant().sites == ("attn_in", "attn_out", "mlp_in", "mlp_mid")
     assert OmniQuant().sites[4:] == ("q_rotary", "k_rotary", "v_heads") and len(OmniQuant(attention=False).sites) == 4
-    assert set(smoothquant.ALPHA) >= {"llama-3-8b", "mistral-7b"}
     for make, settings in (
         (SmoothQuant, {"bits": 1}),
         (SmoothQuant, {"alpha": 1.5}),

@@ -253,6 +253,16 @@ def test_threshold_interpolates_between_centres() -> None:
         teal.threshold(centers, counts, -0.1)
 
 
+@pytest.mark.parametrize(("sparsity", "expected"), [(0.1, 9.2 / 480), (0.5, 46 / 480)])
+def test_cats_threshold_below_every_edge(sparsity: float, expected: float) -> None:
+    """The bin from -0.1 to 0.15 holds 60 of 92 values, 480 t of them within t of 0."""
+    edges = torch.tensor([-3.0, -1.0, -0.1, 0.15, 1.0, 3.0])
+    centers, counts = (edges[:-1] + edges[1:]) / 2, torch.tensor([1, 10, 60, 20, 1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cats, "bin_edges", lambda _: edges.double())
+        assert float(cats.threshold(centers, counts, sparsity)) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.5, 0.9])
 def test_realised_sparsity_on_new_values(sparsity: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -330,11 +340,8 @@ def test_prompt_treatment_respects_each_rows_length_under_left_padding() -> None
 
 def test_prompt_treatment_inside_a_mixture() -> None:
     """An expert that sees some tokens of the flattened batch treats the same ones as a dense layer would."""
-    step = prefill(6, 3)
     tokens = torch.tensor([11, 2, 3, 8, 9, 5])
-    expected = teal.treated_positions(step, "last_half").flatten()[tokens]
-    assert teal.treated_positions(step.at(tokens), "last_half").tolist() == [expected.tolist()]
-    assert expected.tolist() == [True, False, True, False, False, True]
+    assert prefill(6, 3).at(tokens).second_half.tolist() == [[True, False, True, False, False, True]]
 
 
 def test_decode_only_leaves_the_prompt_untouched_bit_for_bit() -> None:

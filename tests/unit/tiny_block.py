@@ -80,10 +80,10 @@ def applied(technique: Technique, state: State | None, step: Step | None = None,
 class TinyStatistics:
     """Statistics of one TinyBlock on x [batch, seq, hidden]; the two searches of fit are given by the test."""
 
-    n_layers, head_dim, window, activation = 1, HEAD, 64, "silu"
+    n_layers, head_dim = 1, HEAD
 
     def __init__(self, block: TinyBlock, x: Tensor) -> None:
-        self.block, self.n_tokens = block, x.shape[0] * x.shape[1]
+        self.block = block
         self.seen: dict[str, Tensor] = {}
         self.histograms: dict[str, tuple[Tensor, Tensor]] = {}
 
