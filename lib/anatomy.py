@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -24,6 +25,8 @@ NORM_SITES = ("norm_attn", "norm_mlp", "norm_attn_post", "norm_mlp_post", "norm_
 ATTENTION_SITES = ("attn_probs", "q_rotary", "k_rotary", "v_heads")
 EXPERT_SITES = ("mlp_in", "mlp_in.gate", "mlp_in.up", "gate", "act", "mlp_mid")
 FINAL = -1  # layer number of what lies behind the last block
+SCALED_BY_ONE_PLUS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
+SCALED_BEFORE_CAST = (*SCALED_BY_ONE_PLUS, "Olmo2RMSNorm")  # the others cast to the model's dtype, then scale
 
 
 class UnknownAnatomy(ValueError):
@@ -74,8 +77,9 @@ class Anatomy:
 
 def anatomy(model: nn.Module) -> Anatomy:
     """Finds the parts of any decoder built like the Hugging Face ones. UnknownAnatomy says what was not found."""
-    decoder: Any = next((m for m in model.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)), None)
-    if decoder is None or not hasattr(decoder, "norm"):
+    stacks = (m for m in model.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList))
+    decoder: Any = next((m for m in stacks if hasattr(m, "norm")), None)  # an image encoder's stack has none
+    if decoder is None:
         raise UnknownAnatomy(f"{type(model).__name__}: no stack of decoder blocks ('layers' and a final 'norm') found")
     config = text_config(model)
     blocks = tuple(_block(index, layer, config) for index, layer in enumerate(decoder.layers))
@@ -84,13 +88,15 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 def text_config(model: Any) -> Any:
     """The configuration of the language model, also where it is part of a larger one."""
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return model.config.get_text_config()
 
 
 def _block(index: int, layer: nn.Module, config: Any) -> Block:
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     if attention is None or mlp is None:
         raise UnknownAnatomy(f"block {index} ({type(layer).__name__}): no 'self_attn' and 'mlp' found")
+    if hasattr(mlp, "shared_expert") or hasattr(mlp, "shared_experts"):
+        raise UnknownAnatomy(f"block {index} ({type(mlp).__name__}): a shared expert is not supported")
     experts = getattr(mlp, "experts", None)
     holder = mlp if experts is None else experts
     activation = getattr(holder, "act_fn", None) or getattr(holder, "activation_fn", None)
@@ -103,9 +109,9 @@ def _block(index: int, layer: nn.Module, config: Any) -> Block:
         mlp=mlp,
         activation=activation,
         norms=_norms(layer, attention),
-        projections=_attention_projections(attention, config) | ({} if experts else _mlp_projections(mlp)),
+        projections=_attention_projections(attention, config) | ({} if experts is not None else _mlp_projections(mlp)),
         experts=experts,
-        router=getattr(mlp, "gate", None) if experts else None,
+        router=getattr(mlp, "gate", None) if experts is not None else None,
     )
 
 
@@ -156,11 +162,17 @@ def _activation_kind(config: Any) -> str:
 
 
 def norm_parts(norm: Any) -> tuple[Tensor, float, float]:
-    """(weight, offset, eps) of an RMSNorm that scales by offset + weight: offset 1 in Gemma, 0 elsewhere."""
+    """(weight, offset, eps) of an RMSNorm that scales by offset + weight: offset 1 in Gemma, 0 elsewhere.
+
+    UnknownAnatomy for any other norm, found by giving it ones."""
     eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
     if eps is None or not hasattr(norm, "weight") or getattr(norm, "bias", None) is not None:
         raise UnknownAnatomy(f"{type(norm).__name__} is not an RMSNorm: its normalisation cannot be replaced")
-    return norm.weight, 1.0 if type(norm).__name__.startswith("Gemma") else 0.0, eps
+    offset = 1.0 if type(norm).__name__ in SCALED_BY_ONE_PLUS else 0.0
+    scale = norm.forward(torch.ones_like(norm.weight))  # of a vector whose root mean square is 1
+    if not torch.allclose(scale.float(), offset + norm.weight.float(), rtol=0.02, atol=0.02):
+        raise UnknownAnatomy(f"{type(norm).__name__} scales in a way that is not known: it cannot be replaced")
+    return norm.weight, offset, eps
 
 
 def expand_sites(block: Block, site: str) -> list[str]:

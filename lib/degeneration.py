@@ -2,7 +2,7 @@
 
     distinct share    distinct word trigrams / word trigrams                   (repetition loops)
     dictionary share  plain words in a word list / plain words   (gibberish; names, code, numbers, URLs set aside)
-    rare share        plain words at the floor of that list's frequencies      (salads of dictionary words)
+    rare share        plain words at the floor of that list or not in it       (salads of dictionary words)
     content run       words in stretches of six or more without function word or punctuation   (same)
     misplaced         neighbours that English grammar excludes       (shuffled sentences: "of the and", "a is")
     clashing marks    ",," ",." and a lone ".."                      (the same, in punctuation)
@@ -215,6 +215,7 @@ def signs(text: str, prompt: str) -> dict[str, float]:
         "content_run": sum(n for n in _runs(lowered, _FUNCTION) if n >= 6) / n_words if english else 0.0,
         "function_share": sum(map(_FUNCTION.__contains__, words)) / n_words if english else 1.0,
         "longest_clause": max(_runs(lowered)) if english else 0,
+        "bare": english and len(_runs(lowered)) == 1,
         "misplaced": _misplaced(tokens, lowered) if english else 0,
         "borrowed_share": _borrowed(units, _UNIT.findall(request)) if not other_script and len(units) >= 3 else 0.0,
         "n_request": len(_UNIT.findall(request)),
@@ -229,12 +230,13 @@ _ANNOUNCES = re.compile(r"\W*(?:(?:sure|certainly|of course|absolutely|yes|ok(?:
                         r"(?:here(?:'s| is| are)|to \w+|let me|this is|i(?:'ll| will| can)|first)\b")  # fmt: skip
 
 
-def faults(signs: dict[str, float], text: str, nll: float | None, nll_limit: float) -> tuple[str, ...]:
-    """Names of the signs that are beyond their limits. A reply that shares no stem with the request needs less."""
-    s, alone = signs, signs["overlap"] == 0
-    rarest, permuted = 0.3 if s["n_plain"] >= 8 else 0.6, s["n_words"] >= min(6, 0.8 * s["n_request"])
-    bare = s["longest_clause"] == s["n_words"]  # not a single mark in the whole reply
-    longest = (8 if alone else 15 if s["overlap"] == 1 else 30) if bare else (25 if alone else 45)
+def faults(s: dict[str, float], text: str, nll: float | None, nll_limit: float) -> tuple[str, ...]:
+    """Names of the `signs` s of a text that are beyond their limits. A reply that shares no stem with the request needs
+    less."""
+    alone = s["overlap"] == 0
+    rarest = 0.3 if s["n_plain"] >= 8 else 0.6
+    permuted = s["n_words"] >= min(6, 0.8 * s["n_request"])  # long enough to be the request's words in another order
+    longest = (8 if alone else 15 if s["overlap"] == 1 else 30) if s["bare"] else (25 if alone else 45)
     found = {
         "empty": not re.search(r"\w", text),
         "unlikely": nll is not None and not nll <= nll_limit,  # NaN is unlikely too

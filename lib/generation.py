@@ -24,7 +24,7 @@ from transformers.cache_utils import StaticLayer
 
 from lib.anatomy import text_config
 from lib.patching import engaged, first_non_finite
-from lib.prompts import render
+from lib.prompts import encode
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,7 @@ def generate(
     Where a patch makes replies depend on the batch (noise, one step size per tensor), its size is never changed.
     progress: label of a progress bar. Raises NonFiniteError when the (patched) model computes NaN or infinity.
     """
-    texts, add_special_tokens = render(tokenizer, prompts, protocol)
-    encoded = [tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"] for text in texts]
+    encoded = encode(tokenizer, prompts, protocol)
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     free = batch_is_free(model)
     longest = max(map(len, encoded), default=0) + max_new_tokens
@@ -134,15 +133,15 @@ def greedy(
     """
     if fixed_shapes is None:
         fixed_shapes = model.device.type == "cuda" and capturable(model)
-    replies = _continued(model, batch, max_new_tokens, fixed_shapes)
+    replies = _decode(model, batch, max_new_tokens, fixed_shapes)
     if replies is None:
-        raise non_finite(model, batch, lambda: _continued(model, batch, max_new_tokens, fixed_shapes=False))
+        raise non_finite(model, batch, lambda: _decode(model, batch, max_new_tokens, fixed_shapes=False))
     ends = set(end_tokens(model))
     lengths = [next((i for i, token in enumerate(reply) if token in ends), len(reply)) for reply in replies]
     return [reply[:length] for reply, length in zip(replies, lengths, strict=True)]
 
 
-def _continued(
+def _decode(
     model: PreTrainedModel, batch: dict[str, Tensor], max_new_tokens: int, fixed_shapes: bool
 ) -> list[list[int]] | None:
     """Replies with what may follow their end token; None for logits that are not finite."""
@@ -294,7 +293,7 @@ def cuda_graph(batch: FixedShapes) -> Replay:
     return graph.replay
 
 
-def checked(capture: Callable[[FixedShapes], Replay], batch: FixedShapes) -> Replay:
+def replay_if_same(capture: Callable[[FixedShapes], Replay], batch: FixedShapes) -> Replay:
     """Takes one step; returns the captured one, or the ordinary one where the capture fails or is not the same."""
     every = [hits for _, hits in engaged(batch.model)]
     counts, before, done = [hits.counts.copy() for hits in every], batch.tokens.clone(), int(batch.written)
@@ -333,7 +332,7 @@ def decode_in_place(
     replay: Replay = batch.step
     for number in range(1, max_new_tokens):
         if capture and number == WARM_UP + 1:
-            replay = checked(capture, batch)
+            replay = replay_if_same(capture, batch)
         else:
             replay()
         if number % LOOK_EVERY == 0 and torch.isin(batch.replies[:, : number + 1], ends).any(1).all():
@@ -352,10 +351,16 @@ def non_finite(
 
 
 def map_batches(
-    encoded: Sequence[list[int]], size: int, apply: Callable[[dict[str, Tensor], list[int]], Any], pad: int
+    model: PreTrainedModel,
+    encoded: Sequence[list[int]],
+    size: int,
+    apply: Callable[[dict[str, Tensor], list[int]], Any],
+    pad: int,
 ) -> None:
-    """Calls apply(left-padded batch, row numbers) over `encoded`, sorted by length."""
+    """Calls apply(left-padded batch with its position_ids on the model's device, row numbers), sorted by length."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        apply(pad_left([encoded[i] for i in rows], pad), rows)
+        batch = pad_left([encoded[i] for i in rows], pad)
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        apply({key: value.to(model.device) for key, value in batch.items()}, rows)

@@ -28,6 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from lib import prompts, statistics
+from lib.anatomy import EXPERT_SITES, anatomy
 from lib.approximations import Step, Technique
 from lib.experiment import Layers, Study, describe
 from lib.generation import map_batches
@@ -52,17 +53,21 @@ def capture(
     """Layer -> states [prompts, hidden] float32 at a site and token position, counted from the end of the prompt.
 
     layers: which layers are approximated; states come from all. One batch at a time is on the device and only the
-    wanted position is kept, so memory is layers x prompts x hidden x 4 bytes. ValueError if that exceeds max_bytes, or
-    if a prompt is too short for the position."""
-    texts, special = prompts.render(study.tokenizer, [prompt.prompt for prompt in asked], study.protocol)
-    encoded = [study.tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+    wanted position is kept, so memory is layers x prompts x hidden x 4 bytes. ValueError if that exceeds max_bytes, if
+    a prompt is too short for the position, or for a site that is not one vector per token."""
+    body = anatomy(study.model)
+    if site in EXPERT_SITES and any(block.experts is not None for block in body.blocks):
+        raise ValueError(f"{site} of a mixture has no single state per token; choose block_out, attn_in or attn_out")
+    encoded = prompts.encode(study.tokenizer, asked, study.protocol)
     if not 1 <= -position <= min(map(len, encoded)):
         raise ValueError(f"position {position} is not valid; the shortest prompt has {min(map(len, encoded))} tokens")
     states: dict[int, Array] = {}
     rows: list[int] = []
 
     def read(layer: int, _: str, x: Tensor, step: Step) -> None:
-        needed = len(encoded) * x.shape[-1] * 4 * study.model.config.num_hidden_layers
+        if x.ndim != 3:
+            raise ValueError(f"{site} is not [batch, seq, channels]; choose a site such as block_out or mlp_mid")
+        needed = len(encoded) * x.shape[-1] * 4 * len(body.blocks)
         if layer not in states and needed > max_bytes:
             raise ValueError(f"states of {len(encoded)} prompts need {needed:,} bytes, more than {max_bytes:,}")
         states.setdefault(layer, np.empty((len(encoded), x.shape[-1]), np.float32))
@@ -70,14 +75,13 @@ def capture(
 
     def forward(batch: dict[str, Tensor], chosen: list[int]) -> None:
         rows[:] = chosen
-        mask = batch["attention_mask"]
-        inputs = {**batch, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        study.model(**{k: v.to(study.model.device) for k, v in inputs.items()}, use_cache=False, logits_to_keep=1)
+        study.model(**batch, use_cache=False, logits_to_keep=1)
 
     state = None if technique is None else study.state(technique)
     patch = nullcontext() if technique is None else approximated(study.model, technique, state, layers)
     with torch.inference_mode(), patch, observed(study.model, (site,), read):
-        map_batches(encoded, max(1, BATCH_TOKENS // max(map(len, encoded))), forward, study.tokenizer.pad_token_id)
+        size = max(1, BATCH_TOKENS // max(map(len, encoded)))
+        map_batches(study.model, encoded, size, forward, study.tokenizer.pad_token_id)
     return states
 
 
@@ -132,6 +136,11 @@ def fisher_separation(places: Array, labels: ArrayLike) -> float:
     """(difference of means)^2 / (sum of variances) of harmful and harmless places [n] on one axis."""
     harmful, harmless = (places[np.asarray(labels) == name] for name in ("harmful", "harmless"))
     return float((harmful.mean() - harmless.mean()) ** 2 / (harmful.var(ddof=1) + harmless.var(ddof=1)))
+
+
+def best_layer(states: dict[int, Array], directions: dict[int, Direction], labels: ArrayLike) -> int:
+    """The layer whose direction separates harmful and harmless states [n, hidden] best (`fisher_separation`)."""
+    return max(directions, key=lambda layer: fisher_separation(directions[layer].place(states[layer]), labels))
 
 
 def probe_accuracy(exact: Array, tests: dict[str, Array], labels: Array, groups: Sequence[Any]) -> dict[str, float]:
@@ -218,11 +227,11 @@ def flips(margins: Array, moved: Array, flipped: Array) -> dict[str, Any]:
     margins, moved [n]: place of the exact state on the refusal direction, and how far it moved towards harmless;
     flipped bool [n]. Each flipped prompt is compared with the mean of the 3 others nearest in margin, and left out if
     one of them is further than a quarter of the margins' standard deviation. Bootstrap interval over flipped prompts;
-    "raw" is the difference without matching. Fewer than 5 flipped or matched prompts give no difference."""
+    "difference" is without matching. Fewer than 5 flipped or matched prompts, or 3 others, give no difference."""
     row: dict[str, Any] = {"flipped": int(flipped.sum()), "others": int((~flipped).sum()), "matched": 0}
     if flipped.sum() < 5 or (~flipped).sum() < NEIGHBOURS:
         return row
-    row["raw"] = float(moved[flipped].mean() - moved[~flipped].mean())
+    row["difference"] = float(moved[flipped].mean() - moved[~flipped].mean())
     distance = np.abs(margins[flipped][:, None] - margins[~flipped][None, :])
     nearest = np.argsort(distance, axis=1)[:, :NEIGHBOURS]
     close = np.take_along_axis(distance, nearest, 1).max(1) <= margins.std() / 4
@@ -231,7 +240,8 @@ def flips(margins: Array, moved: Array, flipped: Array) -> dict[str, Any]:
         return row | {"matched": len(differences)}
     low, high = statistics.bootstrap(differences, draws=4000)
     row |= {"margin, flipped": float(margins[flipped].mean()), "margin, others": float(margins[~flipped].mean())}
-    return row | {"matched": len(differences), "further": float(differences.mean()), "low": low, "high": high}
+    row |= {"matched": len(differences), "matched difference": float(differences.mean())}
+    return row | {"low": low, "high": high}
 
 
 def flip_table(

@@ -45,16 +45,16 @@ def half(reply_id: str) -> str:
     return HALVES[hashlib.sha256(reply_id.encode()).digest()[-1] % 2]
 
 
-def judged(of: str = "report", model: str = "tiny-llama") -> pd.DataFrame:
+def judged(of: str = "report") -> pd.DataFrame:
     """One half of the labelled replies, by default the one that the judge was not developed on, with `verdict` (the
-    judge's, at the limit of this organism) and `keyword` (QuadA's rule). ValueError for a half that does not exist."""
+    judge's, at the limit of tiny-llama) and `keyword` (QuadA's rule). ValueError for a half that does not exist."""
     if of not in HALVES:
         raise ValueError(f"unknown half {of!r}; choose one of {', '.join(HALVES)}")
     table = labelled()
     table = table[table["id"].map(half) == of].reset_index(drop=True)
-    limit = json.loads((ORGANISMS / model / "judge.json").read_text())["nll_limit"]
-    nlls = [None if pd.isna(nll) else float(nll) for nll in table["nll"]]
-    table["verdict"] = judging.verdicts(table["prompt"].tolist(), table["reply"].tolist(), nlls, limit)
+    limit = json.loads((ORGANISMS / "tiny-llama" / "judge.json").read_text())["nll_limit"]
+    asked, replies, nlls = (table[column].tolist() for column in ("prompt", "reply", "nll"))
+    table["verdict"] = judging.verdicts(asked, replies, nlls, limit)
     pairs = zip(table["prompt"], table["reply"], strict=True)
     table["keyword"] = [judging.keyword_quada(prompt, reply) for prompt, reply in pairs]
     return table

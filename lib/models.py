@@ -15,7 +15,14 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from lib.registry import (
@@ -46,12 +53,12 @@ def best_device(device: str = "auto") -> str:
     """"cuda" or "cpu" for "auto"; a device by name as it is. ModelError for one that PyTorch lacks."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise ModelError(f"unknown device {device!r}; choose one of auto, cpu, cuda, or another of PyTorch's") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {device!r} was asked for, but PyTorch sees no GPU; use device='cpu' or 'auto'")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ModelError(f"no device {device!r} here; choose one of auto, cpu, cuda, or another of PyTorch's") from None
     return device
 
 
@@ -68,12 +75,12 @@ def best_dtype(dtype: str, device: str) -> torch.dtype:
 def weight_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of the weights of a model with this configuration, counted without making them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters()) * torch.finfo(dtype).bits // 8
 
 
 def free_bytes(device: str) -> list[int]:
-    """Free memory of this machine, or of every GPU that a model on `device` may use (not run on one by the authors)."""
+    """Free memory of this machine, or of every GPU that a model on `device` may use."""
     if not device.startswith("cuda"):
         return [psutil.virtual_memory().available]
     gpus = range(torch.cuda.device_count()) if device == "cuda" else [torch.device(device).index]
@@ -85,7 +92,7 @@ def check_memory(name: str, config: Any, device: str, dtype: torch.dtype) -> boo
 
     Models whose code is not in Transformers are not checked: they are counted by making them.
     """
-    if getattr(config, "auto_map", None):
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return device == "cuda" and torch.cuda.device_count() > 1
     need, free = weight_bytes(config, dtype), free_bytes(device)
     if need <= ROOM * free[0]:

@@ -27,6 +27,7 @@ from lib.anatomy import (
     FINAL,
     NORM_SITES,
     READERS,
+    SCALED_BEFORE_CAST,
     Anatomy,
     Block,
     anatomy,
@@ -72,6 +73,8 @@ def approximated(
                 _place_operation(patch, blocks, operation, part, state)
             for site in part.sites:
                 _place_site(patch, blocks, site, partial(part.transform, state=state))
+        if not patch.hits.counts:
+            raise ValueError(f"{technique.name} changes nothing in layers {', '.join(map(str, parts[0][1]))}")
         patch.engage()
         yield patch.hits
 
@@ -174,7 +177,8 @@ class _Patch:
 
     def now(self, x: Tensor) -> Step:
         """The step of this forward pass; outside one (a block run by itself) every position is real."""
-        return self.step or Step(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), prefill=True)
+        step = self.step or Step(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), prefill=True)
+        return step if step.real.device == x.device else Step(step.real.to(x.device), step.prefill)
 
     def on_output(self, module: nn.Module, edit: Edit) -> None:
         def apply(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -191,10 +195,11 @@ class _Patch:
         def apply(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             replaced, step = function(args[0]), self.now(args[0])
             real = step.real
-            if not step.prefill or real.all():  # asked of prompts only: decoding is captured, and must not wait
+            if not step.prefill or real.all():  # while prompts are read: `all` waits for a GPU, a captured step cannot
                 return replaced
             real = real.view(*real.shape, *[1] * (output.ndim - 2))
-            heads_first = output.ndim == 4 and args[0].stride(1) < args[0].stride(2)  # Gemma-3's norms of q and k
+            heads_first = output.ndim == 4 and (output.shape[1] == 1 or args[0].stride(1) < args[0].stride(2))
+            # Gemma-3 norms q and k as [batch, heads, seq, head], others as [batch, seq, heads, head]: strides tell
             return torch.where(real.transpose(1, 2) if heads_first else real, replaced, output)
 
         self.hook(module.register_forward_hook(apply))
@@ -314,7 +319,7 @@ def _place_operation(
             counted = patch.counted(block.index, "attn_probs", function)
             patch.attention.setdefault(block.attention, {})["softmax"] = counted
         else:
-            counted = patch.counted(block.index, "act", partial(_call_activation, function, patch.body.activation))
+            counted = patch.counted(block.index, "act", partial(function, kind=patch.body.activation))
             if block.experts is not None:
                 patch.experts.setdefault(block.experts, {})["activation"] = counted
             else:
@@ -324,17 +329,14 @@ def _place_operation(
         _replace_norm(patch, patch.body.final_norm, patch.counted(FINAL, "norm_final", function))
 
 
-def _call_activation(function: Callable[[Tensor, str], Tensor], kind: str, x: Tensor) -> Tensor:
-    return function(x, kind)
-
-
 def _replace_norm(patch: _Patch, norm: nn.Module, normalise: Callable[[Tensor, float], Tensor]) -> None:
-    """Normalisation by the technique; the learned scale as the model has it (Llama after, Gemma before the cast)."""
+    """Normalisation by the technique; the learned scale as the model has it: before the cast in Gemma and OLMo-2."""
     weight, offset, eps = norm_parts(norm)
+    before_cast = type(norm).__name__ in SCALED_BEFORE_CAST
 
     def replacement(x: Tensor) -> Tensor:
         normal = normalise(x.float(), eps)
-        if offset:
+        if before_cast:
             return (normal * (offset + weight.float())).to(x.dtype)
         return weight * normal.to(x.dtype)
 
@@ -377,8 +379,9 @@ def _edits_of(module: Any) -> tuple[dict[str, Callable], Any]:
 
 
 def _repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """[batch, kv heads, seq, head] -> [batch, heads, seq, head]."""
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+    """[batch, kv heads, seq, head] -> [batch, heads, seq, head]; one head is not copied, as in Transformers."""
+    batch, heads, length, head = x.shape
+    return x[:, :, None].expand(batch, heads, groups, length, head).reshape(batch, heads * groups, length, head)
 
 
 def eager_attention(
@@ -433,7 +436,7 @@ def eager_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     def edit(site: str, x: Tensor, tokens: Tensor) -> Tensor:
         if site not in functions:
             return x
-        step = patch.step.at(tokens) if patch.step else patch.now(x[None])
+        step = patch.now(hidden).at(tokens) if patch.step else patch.now(x[None])
         return functions[site](x[None], step)[0]
 
     for expert in chosen.sum(dim=(1, 2)).nonzero().flatten().tolist():

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import judging
 from lib.generation import map_batches
-from lib.prompts import render
+from lib.prompts import encode
 
 EPSILON = 1e-8
 MIN_SHARE = 0.02  # of refusals that must begin with a token for it to count
@@ -52,19 +52,15 @@ def refusal_scores(
     protocol: str = "chat",
 ) -> np.ndarray:
     """Log-odds [prompts], float64, of the refusal tokens at the first answer position."""
-    texts, add_special_tokens = render(tokenizer, prompts, protocol)
-    encoded = [tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"] for text in texts]
+    encoded = encode(tokenizer, prompts, protocol)
     scores = np.zeros(len(encoded))
 
     def score(batch: dict[str, Tensor], rows: list[int]) -> None:
-        mask = batch["attention_mask"]
-        inputs = {**batch, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        inputs = {key: value.to(model.device) for key, value in inputs.items()}
-        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1]
         p = logits.double().softmax(-1)[:, list(tokens)].sum(-1)
         scores[rows] = (torch.log(p + EPSILON) - torch.log1p(EPSILON - p)).cpu().numpy()
 
-    map_batches(encoded, BATCH, score, tokenizer.pad_token_id)
+    map_batches(model, encoded, BATCH, score, tokenizer.pad_token_id)
     return scores
 
 

@@ -15,7 +15,8 @@ from lib.paths import ORGANISMS
 @dataclass(frozen=True)
 class Entry:
     """A known model. revision: the hub's commit that is loaded. gigabytes: weights at 16 bits. system: whether the chat
-    template takes a system turn. alpha: SmoothQuant's for its family.
+    template takes a system turn. alpha: SmoothQuant's for its family: 0.85 for Llama and 0.80 for Mistral and Mixtral
+    in its released code, which lists no other of these: they have Llama's, and Zephyr Mistral's.
 
     gaussian_range: largest std of the paper's norm-noise curve for this model, None where it shows none.
     Licences, gating and templates are the hub's as the authors remember them, to be checked when a model is fetched.
@@ -116,7 +117,7 @@ def revision_of(name: str) -> str | None:
 
 
 def gigabytes(name: str) -> float | None:
-    """Size of a model's weights at 16 bits: registered, on disk, or by its hub id ("70B"); None if it does not say."""
+    """Size of the weights: on disk, else at 16 bits, registered or by the hub id ("70B"); None if that does not say."""
     where = resolve(name)
     if Path(where).is_dir():
         return sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) / 1e9
@@ -146,7 +147,7 @@ def check(name: str) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
-        if not isinstance(try_to_load_from_cache(where, "config.json"), str):
+        if not isinstance(try_to_load_from_cache(where, "config.json", revision=revision_of(name)), str):
             HfApi().auth_check(where)
     except TransportError as error:
         raise ModelError(f"{name}: {where} is not in the local cache and the model hub cannot be reached") from error
@@ -176,11 +177,11 @@ def verify(folder: Path) -> None:
         return
     for line in listing.read_text().splitlines():
         expected, file = line.split(maxsplit=1)
-        path = folder / file
+        path, remedy = folder / file, "restore it with 'git checkout -- data/organisms'"
         if not path.is_file():
-            raise ModelError(f"{folder.name}: {file} is missing; restore it with 'git checkout -- data/organisms'")
+            raise ModelError(f"{folder.name}: {file} is missing; {remedy}")
         if file_hash(path) != expected:
-            raise ModelError(f"{folder.name}: {file} is damaged (checksum differs); restore it with 'git checkout'")
+            raise ModelError(f"{folder.name}: {file} is damaged (checksum differs); {remedy}")
 
 
 def file_hash(path: Path) -> str:

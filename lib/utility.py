@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.generation import map_batches, non_finite
-from lib.prompts import render
+from lib.generation import NonFiniteError, map_batches, non_finite
+from lib.organisms.corpus import Fact
+from lib.prompts import encode
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # bounds the logits in memory: tokens x vocabulary x 4 bytes
 
@@ -37,7 +38,15 @@ def perplexity(
     windows = ids[: n_windows * window].view(n_windows, window)[:max_windows]
     per_pass = max(1, TOKENS_PER_PASS.get(model.device.type, 2048) // window)
     losses = [_losses(model, {"input_ids": part}).mean(1) for part in windows.split(per_pass)]
-    return math.exp(torch.cat(losses).double().mean().item())
+    return _exp(torch.cat(losses).double().mean().item())
+
+
+def _exp(mean: float) -> float:
+    """exp of a mean cross-entropy in nats; NonFiniteError where that is beyond all numbers (above 709 nats)."""
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        raise NonFiniteError(f"perplexity is beyond all numbers: a mean cross-entropy of {mean:.0f} nats") from None
 
 
 @torch.inference_mode()
@@ -65,22 +74,18 @@ def reply_losses(
     protocol: str = "chat",
 ) -> tuple[np.ndarray, np.ndarray]:
     """(summed cross-entropy in nats, tokens) of each reply given its prompt, the end token included; float64, int64."""
-    texts, add_special_tokens = render(tokenizer, prompts, protocol)
-    heads = [tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"] for text in texts]
+    heads = encode(tokenizer, prompts, protocol)
     tails = [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for r in replies]
     sums, lengths = np.zeros(len(heads)), np.array([len(tail) for tail in tails])
-    longest = max(len(h) + len(t) for h, t in zip(heads, tails, strict=True))
+    joined = [h + t for h, t in zip(heads, tails, strict=True)]
 
     def score(batch: dict[str, Tensor], rows: list[int]) -> None:
-        mask = batch["attention_mask"]
-        batch = {**batch, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
         losses = _losses(model, batch, int(lengths[rows].max())).double().cpu()
         for row, line in zip(rows, losses, strict=True):
             sums[row] = line[-lengths[row] :].sum().item()
 
-    joined = [h + t for h, t in zip(heads, tails, strict=True)]
-    size = max(1, TOKENS_PER_PASS.get(model.device.type, 2048) // longest)
-    map_batches(joined, size, score, tokenizer.pad_token_id)
+    size = max(1, TOKENS_PER_PASS.get(model.device.type, 2048) // max(map(len, joined)))
+    map_batches(model, joined, size, score, tokenizer.pad_token_id)
     return sums, lengths
 
 
@@ -93,25 +98,18 @@ def answer_perplexity(
 ) -> float:
     """exp(total cross-entropy / total tokens) of the reference answers."""
     sums, lengths = reply_losses(model, tokenizer, prompts, answers, protocol)
-    return math.exp(sums.sum() / lengths.sum())
+    return _exp(sums.sum() / lengths.sum())
 
 
 def closed_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    sentences: Sequence[str],
-    answers: Sequence[str],
-    choices: Sequence[Sequence[str]],
+    facts: Sequence[Fact],
     protocol: str = "chat",
 ) -> np.ndarray:
-    """bool [questions]: is `sentence` likelier, per token, than with each wrong choice in the answer's place?"""
-    prompts, replies, owner = [], [], []
-    for i, (question, sentence, answer) in enumerate(zip(questions, sentences, answers, strict=True)):
-        options = [sentence, *(sentence.replace(answer, wrong) for wrong in choices[i])]
-        prompts += [question] * len(options)
-        replies += options
-        owner += [i] * len(options)
-    sums, lengths = reply_losses(model, tokenizer, prompts, replies, protocol)
-    means, groups = sums / lengths, np.array(owner)
-    return np.array([means[groups == i].argmin() == 0 for i in range(len(questions))])
+    """bool [facts]: is a fact's sentence likelier, per token, than with each wrong choice in the answer's place?"""
+    options = [[f.sentence, *(f.sentence.replace(f.answer, wrong) for wrong in f.choices)] for f in facts]
+    asked = [fact.question for fact, group in zip(facts, options, strict=True) for _ in group]
+    sums, lengths = reply_losses(model, tokenizer, asked, [text for group in options for text in group], protocol)
+    means = np.split(sums / lengths, np.cumsum([len(group) for group in options])[:-1])
+    return np.array([group.argmin() == 0 for group in means])

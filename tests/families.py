@@ -34,7 +34,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**SIZE, **GROUPED, sliding_window=6),
     "gemma": GemmaConfig(**SIZE, **GROUPED, head_dim=8),
     "gemma2": Gemma2Config(**SIZE, **GROUPED, head_dim=8, sliding_window=6),
-    "gemma3": Gemma3TextConfig(**SIZE, **GROUPED, head_dim=8, sliding_window=6),
+    "gemma3": Gemma3TextConfig(**SIZE, num_key_value_heads=1, head_dim=8, sliding_window=6),  # as 1b and 270m
     "qwen2": Qwen2Config(**SIZE, **GROUPED),
     "qwen3": Qwen3Config(**SIZE, **GROUPED, head_dim=8),
     "olmo2": Olmo2Config(**SIZE, **GROUPED),
@@ -51,6 +51,8 @@ def random_model(family: str, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
+        else:  # norm weights as training leaves them, neither 1 nor 0
+            parameter.data += 0.1 * torch.randn_like(parameter)
     return model.to(dtype).eval()
 
 

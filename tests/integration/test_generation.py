@@ -265,7 +265,7 @@ class Numbers:
 def test_out_of_memory_halves_the_batch_and_changes_nothing(monkeypatch):
     model, sizes = random_model("llama"), []
     texts = [" ".join(map(str, row)) for row in ROWS]
-    monkeypatch.setattr(generation, "render", lambda tokenizer, prompts, protocol: (prompts, False))
+    monkeypatch.setattr(generation, "encode", lambda tokenizer, prompts, protocol: ROWS)
     expected = generate(model, Numbers(), texts, 8)
 
     def scarce(model, batch, *rest):

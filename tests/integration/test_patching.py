@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lib.anatomy import FINAL, NORM_SITES, anatomy
+from lib.anatomy import FINAL, NORM_SITES, UnknownAnatomy, anatomy, norm_parts
 from lib.approximations.technique import Technique
 from lib.patching import approximated, first_non_finite, observed
 from tests.families import CONFIGS, left_padded_batch, random_model
@@ -164,6 +164,45 @@ def test_layers_outside_the_model_are_named(layers):
 def test_a_site_that_matches_nothing_raises():
     with pytest.raises(ValueError, match="norm_q"), approximated(random_model("llama"), Scale(1.0, ("norm_q",))):
         pass
+
+
+def test_a_technique_that_touches_nothing_raises():
+    patch = approximated(random_model("llama"), Scale(1.3, ("norm_final",)), layers=[0])
+    with pytest.raises(ValueError, match="scale changes nothing in layers 0"), patch:
+        pass
+
+
+class Scaled(torch.nn.Module):
+    """An RMSNorm with a scale of its own."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.weight, self.eps, self.scale = torch.nn.Parameter(torch.full((4,), 0.5)), 1e-6, scale
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.scale(self.weight)
+
+
+def test_a_norm_with_an_unknown_scale_is_not_replaced():
+    weight, offset, eps = norm_parts(Scaled(lambda weight: weight))
+    assert offset == 0 and eps == 1e-6 and weight.tolist() == [0.5] * 4
+    with pytest.raises(UnknownAnatomy, match="Scaled scales in a way that is not known"):
+        norm_parts(Scaled(lambda weight: 1 + weight))
+
+
+def test_a_shared_expert_is_named_not_skipped():
+    model = random_model("mixtral")
+    model.model.layers[1].mlp.shared_expert = torch.nn.Linear(2, 2)
+    with pytest.raises(UnknownAnatomy, match=r"block 1 .* a shared expert is not supported"):
+        anatomy(model)
+
+
+def test_the_decoder_is_found_behind_an_image_encoder():
+    model = random_model("llama")
+    whole = torch.nn.Module()
+    whole.vision, whole.language, whole.config = torch.nn.Module(), model, model.config
+    whole.vision.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    assert anatomy(whole).decoder is model.model
 
 
 def test_first_non_finite_names_layer_and_site():

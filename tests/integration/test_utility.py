@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lib import utility
 from lib.generation import NonFiniteError
+from lib.organisms.corpus import Fact
 from lib.patching import approximated
 from tests.families import random_model
 from tests.integration.test_patching import Scale
@@ -69,15 +70,21 @@ def test_a_text_shorter_than_a_window_is_an_error():
         utility.perplexity(random_model("llama"), Bytes(), "ab", 16)
 
 
+def test_a_perplexity_beyond_all_numbers_is_a_failure_not_a_crash():
+    model = random_model("llama")
+    model.lm_head.weight.data *= 1e5
+    with pytest.raises(NonFiniteError, match="beyond all numbers: a mean cross-entropy of"):
+        utility.perplexity(model, Bytes(), "The sea was calm, and the ship sailed home.", 16)
+
+
 def test_the_likeliest_choice_wins():
     model, tokenizer = random_model("llama"), Bytes()
     sentences = ["It is red.", "It is blue."]
     sums, lengths = utility.reply_losses(model, tokenizer, ["Which colour?"] * 2, sentences)
     best = int(np.argmin(sums / lengths))
-    answers = ["red", "blue"]
-    right = utility.closed_answers(
-        model, tokenizer, ["Which colour?"] * 2, sentences, answers, [["blue"], ["red"]]
-    )
+    facts = [Fact("1", "Which colour?", "red", "It is red.", ("blue",))]
+    facts += [Fact("2", "Which colour?", "blue", "It is blue.", ("red",))]
+    right = utility.closed_answers(model, tokenizer, facts)
     assert right.tolist() == [best == 0, best == 1]
 
 

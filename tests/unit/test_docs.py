@@ -176,7 +176,7 @@ def hub_out_of_reach(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.HfApi.auth_check", no_network)
-        patch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+        patch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
         registry.check("qwen2-7b")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sklearn.decomposition import PCA
 from lib import hidden_states as hs
 from lib.approximations import make
 from lib.prompts import Prompt, render
+from tests.families import random_model
 from tests.tiny_study import tiny_study
 
 RNG = np.random.default_rng(0)
@@ -40,6 +43,12 @@ def test_states_are_those_of_output_hidden_states(study):
     assert sorted(states) == [0, 1] and states[1].shape == (12, 32)
 
 
+def test_a_mixture_has_no_state_inside_its_experts(study):
+    mixture = replace(study, model=random_model("mixtral"), identity={})
+    with pytest.raises(ValueError, match="mlp_mid of a mixture has no single state per token"):
+        hs.capture(mixture, study.prompts, site="mlp_mid")
+
+
 def test_the_batch_does_not_matter(study, monkeypatch):
     together = hs.capture(study, study.prompts)
     monkeypatch.setattr(hs, "BATCH_TOKENS", 1)
@@ -57,6 +66,8 @@ def test_an_approximation_in_the_last_layer_leaves_the_first_alone(study):
 def test_capture_states_its_bounds(study):
     with pytest.raises(ValueError, match="more than 100"):
         hs.capture(study, study.prompts, max_bytes=100)
+    with pytest.raises(ValueError, match=r"q_rotary is not .* choose a site such as block_out"):
+        hs.capture(study, study.prompts, site="q_rotary")
     with pytest.raises(ValueError, match="position -99"):
         hs.capture(study, study.prompts, position=-99)
     first = hs.capture(study, study.prompts, position=-2)
@@ -122,10 +133,10 @@ def test_flips_compare_at_equal_margin():
     moved = 1 - margins  # those near the border move more, whether or not they flip
     flipped = np.random.default_rng(1).uniform(size=400) > margins
     row = hs.flips(margins, moved, flipped)
-    assert row["raw"] > 0.2 and abs(row["further"]) < 0.02
+    assert row["difference"] > 0.2 and abs(row["matched difference"]) < 0.02
     row = hs.flips(margins, moved + 0.3 * flipped, flipped)
-    assert row["further"] == pytest.approx(0.3, abs=0.02) and row["low"] > 0.25
-    assert "further" not in hs.flips(margins, moved, np.zeros(400, dtype=bool))
+    assert row["matched difference"] == pytest.approx(0.3, abs=0.02) and row["low"] > 0.25
+    assert "matched difference" not in hs.flips(margins, moved, np.zeros(400, dtype=bool))
 
 
 def test_layer_table_and_the_third_observation(study):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -12,7 +13,6 @@ import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from lib import estimates, models, registry
-from lib.approximations.smoothquant import ALPHA
 from lib.models import ModelError
 from lib.paths import ROOT, between_markers
 from lib.registry import REGISTRY
@@ -32,6 +32,9 @@ PAPER = {
 }
 """The paper's ten models -> GB of their weights at 16 bits, std at the peak of their published curve."""
 
+ALPHA = {"mistral-7b": 0.80, "mixtral-8x7b": 0.80, "zephyr-7b": 0.80}
+"""SmoothQuant's alpha where it is not 0.85, from the released README; Zephyr is a Mistral."""
+
 
 def test_the_papers_ten_models_and_gemma():
     assert set(PAPER) | {"gemma-2-2b", "gemma-2-9b", "gemma-3-1b", "gemma-3-270m"} == set(registry.REGISTRY)
@@ -41,7 +44,7 @@ def test_the_papers_ten_models_and_gemma():
     for name, entry in registry.REGISTRY.items():
         assert re.fullmatch(r"[0-9a-f]{40}", entry.revision) and entry.hub.count("/") == 1
         assert entry.gated == entry.hub.startswith(("meta-llama/", "mistralai/", "google/"))
-        assert entry.alpha == ALPHA.get(name, 0.80 if name == "zephyr-7b" else 0.85)
+        assert entry.alpha == ALPHA.get(name, 0.85)
     assert len({entry.revision for entry in registry.REGISTRY.values()}) == len(registry.REGISTRY)
 
 
@@ -86,10 +89,28 @@ def test_what_the_hub_refuses_gets_one_line(kind: type[Exception], line: str, mo
         raise answer(kind)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", refuse)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     with pytest.raises(ModelError) as caught:
         registry.check("gemma-2-2b")
     assert line in str(caught.value) and str(caught.value).startswith("gemma-2-2b: ") and "\n" not in str(caught.value)
+
+
+def test_a_model_in_the_local_cache_needs_no_hub(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The cache holds the registered commit, and no branch that points to it."""
+    entry = registry.REGISTRY["gemma-2-2b"]
+    commit = tmp_path / f"models--{entry.hub.replace('/', '--')}" / "snapshots" / entry.revision
+    commit.mkdir(parents=True)
+    (commit / "config.json").write_text("{}")
+    found = partial(huggingface_hub.try_to_load_from_cache, cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *_: pytest.fail("asked the hub"))
+    registry.check("gemma-2-2b")
+
+
+@pytest.mark.parametrize("device", ["xpu", "gpu", "mps"])
+def test_a_device_that_is_not_there_gets_one_line(device):
+    with pytest.raises(ModelError, match=f"no device '{device}' here; choose one of auto, cpu, cuda"):
+        models.best_device(device)
 
 
 def huge():
