@@ -1,8 +1,8 @@
-"""Takes results that another machine computed into this one's: files of models, replies, verdicts, records, tables.
+"""Takes results that another machine computed into this one's: every file of its models' folders.
 
 Results are named by what decides them (`lib.results`), so two machines never mean different things by one name and a
 merge is a union of files. What is here stays. A summary table or an executed notebook bears the name of its notebook
-instead: one that is here stays too, and is counted.
+instead: one that is here stays too, and is counted. Records of one condition differ in times and commit alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import pyarrow.parquet
 
 from lib.paths import atomic
 
-KINDS = (".parquet", ".json", ".ipynb")
 SKIPPED = ("logs", ".snakemake")
 
 
@@ -51,7 +50,8 @@ def merge(source: Path, target: Path) -> Merged:
         with atomic(target / file.relative_to(source)) as temporary:
             shutil.copyfile(file, temporary)
     old = [file for file in files if file not in set(missing)]
-    different = sum(file.read_bytes() != (target / file.relative_to(source)).read_bytes() for file in old)
+    other = [file for file in old if file.read_bytes() != (target / file.relative_to(source)).read_bytes()]
+    different = sum(file.parent.name != "records" for file in other)
     return Merged(len(missing), len(old) - different, different)
 
 
@@ -59,7 +59,7 @@ def found(source: Path) -> list[Path]:
     """The result files of a folder's models, half-written and foreign ones left out."""
     models = [path for path in sorted(source.iterdir()) if path.is_dir() and path.name not in SKIPPED]
     stores = [path for path in models if (path / "records").is_dir() or (path / "tables").is_dir()]
-    files = [file for store in stores for file in sorted(store.rglob("*")) if file.suffix in KINDS and file.is_file()]
+    files = [file for store in stores for file in sorted(store.rglob("*")) if file.is_file()]
     return [file for file in files if not file.name.startswith(".") and not file.stem.endswith(".failed")]
 
 
@@ -68,7 +68,7 @@ def check(file: Path) -> None:
     try:
         if file.suffix == ".parquet":
             pyarrow.parquet.read_metadata(file)
-        else:
+        elif file.suffix in (".json", ".ipynb"):
             json.loads(file.read_text(encoding="utf-8"))
     except (pyarrow.lib.ArrowInvalid, ValueError, OSError) as error:
         raise MergeError(f"{file} cannot be read ({str(error).splitlines()[0]}); copy it again") from None

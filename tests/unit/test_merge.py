@@ -41,6 +41,20 @@ def test_a_merge_is_a_union_and_what_is_here_stays(tmp_path: Path) -> None:
     assert again.copied == 0 and again.present + again.different == 8
 
 
+def test_defended_models_and_attacks_come_whole_and_records_that_differ_in_time_are_the_same(tmp_path: Path) -> None:
+    here, there = fill(tmp_path / "here", "m", ["a"]), fill(tmp_path / "there", "m", ["a"])
+    Store(there / "m").write_record("a", {"key": "a", "seconds": 2.0})
+    files = ["defended/x/defence.json", "defended/x/model.safetensors", "defended/x/chat_template.jinja"]
+    files.append("attacks/gcg-x.jsonl")
+    for file in files:
+        (there / "m" / file).parent.mkdir(parents=True, exist_ok=True)
+        (there / "m" / file).write_text("{}")
+    merged = merge(there, here)
+    assert (merged.copied, merged.different) == (len(files), 0)
+    assert all((here / "m" / file).read_text() == "{}" for file in files)
+    assert Store(here / "m").read_record("a") == {"key": "a"}
+
+
 def test_a_file_cut_off_on_the_way_stops_everything(tmp_path: Path) -> None:
     here, there = tmp_path / "here", fill(tmp_path / "there", "m", ["a"])
     whole = there / "m" / "replies" / "a.parquet"
