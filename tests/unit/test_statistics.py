@@ -79,39 +79,25 @@ def test_bootstrap_agrees_with_the_normal_interval_and_is_reproducible():
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
     assert st.bootstrap(values, seed=3) == (low, high) != st.bootstrap(values, seed=4)
-
-
-def test_cluster_bootstrap_sees_that_copies_are_no_prompts():
-    values = np.random.default_rng(2).integers(0, 2, 50).astype(float)
-    copies, clusters = np.repeat(values, 8), np.repeat(np.arange(50), 8)
-    plain, whole, original = st.bootstrap(copies), st.bootstrap(copies, clusters), st.bootstrap(values)
-    width = [high - low for low, high in (plain, whole, original)]
-    assert width[0] < 0.5 * width[1] and width[1] == pytest.approx(width[2], rel=0.1)
-
-
-def test_bootstrap_of_another_statistic():
-    values = np.random.default_rng(0).exponential(size=201)
-    low, high = st.bootstrap(values, statistic=np.median, draws=400)
-    assert low < np.median(values) < high
-    with pytest.raises(ValueError, match="cluster labels"):
-        st.bootstrap([1.0, 2.0], clusters=["a"])
+    assert st.bootstrap([2.0]) == (2.0, 2.0)
+    with pytest.raises(ValueError):
+        st.bootstrap([])
 
 
 def test_multiplicity_textbook_values():
     assert st.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert st.benjamini_hochberg([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.02, 0.04, 0.04, 0.02])
-    assert st.holm([]) == st.benjamini_hochberg([]) == []
+    assert st.holm([]) == []
+    assert st.holm([0.01, math.nan, 0.04]) == pytest.approx([0.02, math.nan, 0.04], nan_ok=True)
+    assert st.holm([math.nan]) == pytest.approx([math.nan], nan_ok=True)
 
 
 def test_trend_is_cochran_armitage():
-    k, n, t = np.array([10, 15, 25]), np.array([50, 60, 50]), np.array([0.0, 1.0, 3.0])
-    p = k.sum() / n.sum()
-    top = (t * (k - n * p)).sum()
-    variance = p * (1 - p) * ((n * t**2).sum() - (n * t).sum() ** 2 / n.sum())
+    """Malformations by their mothers' drinks a day (Agresti, Categorical Data Analysis): chi2 6.57, p 0.010."""
+    k, n, t = [48, 38, 5, 1, 1], [17114, 14502, 793, 127, 38], [0.0, 0.5, 1.5, 4.0, 7.0]
     z, p_value = st.trend_test(k, n, t)
-    assert z == pytest.approx(top / math.sqrt(variance), rel=1e-9)
-    assert p_value == pytest.approx(2 * stats.norm.sf(abs(z)))
-    assert st.trend_test(k[::-1], n[::-1], t)[0] < 0 and st.trend_test([0, 0], [5, 5], [1, 2]) == (0.0, 1.0)
+    assert z**2 == pytest.approx(6.57, abs=0.005) and p_value == pytest.approx(0.010, abs=5e-4)
+    assert st.trend_test(k, n, [-dose for dose in t])[0] == pytest.approx(-z)
+    assert st.trend_test([0, 0], [5, 5], [1, 2]) == (0.0, 1.0)
     with pytest.raises(ValueError, match="totals"):
         st.trend_test([6, 1], [5, 5], [0, 1])
 
@@ -140,6 +126,12 @@ def test_decision_is_three_way():
     assert undecided.decision == "undecided" and undecided.unmet == ("asr",) and undecided.n_needed > 100
     assert st.decision(still, None, still) == st.Decision("undecided", ("over-refusal",), None)
     assert st.decision(worse, still, still, tolerance=0.5).decision == "re-validated"
+
+
+def test_the_size_that_decides_is_one_of_harmful_prompts_whatever_criterion_asks_for_it():
+    still, unsure = _change(0, 0, 520), _change(16, 4, 200)
+    alone = st.decision(unsure, still, still).n_needed
+    assert st.decision(_change(0, 0, 100), still, unsure).n_needed == math.ceil(alone / 2)
 
 
 def test_no_change_in_few_prompts_does_not_validate():
