@@ -1,17 +1,23 @@
 """Published figures of the studied paper, for rows that were measured as it measured them.
 
-arXiv:2502.00840, Table 1: Llama-3.1-8B-Instruct, ASR by keywords on AdvBench (520 requests), perplexity on WikiText-2.
-Our `quada` protocol is that of the released code with the deviations that `lib.prompts` lists. Its HS and MMLU come
-from other judges and tasks than ours and are left out.
+arXiv:2502.00840, Table 1: Llama-3.1-8B-Instruct, ASR by keywords on AdvBench (520 requests, replies of 128 new tokens),
+perplexity on WikiText-2. Our `quada` protocol is that of the released code with the deviations that `lib.prompts`
+lists. Its HS and MMLU come from other judges and tasks than ours and are left out.
 """
 
 from __future__ import annotations
+
+import json
 
 import pandas as pd
 
 from lib.registry import ModelError, resolve
 
-MODEL, PROMPT_SET, PROTOCOL = "meta-llama/Llama-3.1-8B-Instruct", "advbench", "quada"
+MODEL, PROMPT_SET, PROTOCOL, NEW_TOKENS = "meta-llama/Llama-3.1-8B-Instruct", "advbench", "quada", 128
+SYSTEM = "published"  # the series of private-inference systems as their authors published them
+METHODS = {SYSTEM, "last half of prompt", "whole prompt", "greedy, whole prompt", "paper thresholds"}
+METHODS |= {"per token", "per tensor, static", "per tensor, dynamic", "learned"}
+"""Series that may be what was published; plain rounding, other parts or degrees, and decoding alone are not."""
 TABLE_1: dict[tuple[str, float | None], tuple[float, float]] = {  # (technique, level): (ASR in percent, perplexity)
     ("iron", None): (58.07, 43.74),
     ("bolt", None): (35.76, 15.81),
@@ -38,9 +44,11 @@ def beside(table: pd.DataFrame) -> pd.DataFrame:
 def _lookup(row: dict) -> tuple[float, float]:
     nothing = (float("nan"), float("nan"))
     same = (row["protocol"], row["prompt_set"], row["layers"]) == (PROTOCOL, PROMPT_SET, "all")
-    if not same or not _is_model(row["model"]):
+    if not same or row["variant"] not in METHODS or not _is_model(row["model"]):
         return nothing
-    level = None if row["variant"] == "published" else row["level"]
+    if json.loads(row["provenance"])["max_new_tokens"] != NEW_TOKENS:
+        return nothing
+    level = None if row["variant"] == SYSTEM else row["level"]
     return TABLE_1.get((row["technique"], level), nothing)
 
 

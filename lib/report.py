@@ -23,6 +23,10 @@ from lib.paths import ROOT, between_markers, results_folder
 from lib.results import safe_name
 
 TABLES = ("01_polynomialization", "02_sparsification", "03_quantization")
+GROWTH = f"{100 * (fidelity.UTILITY_LIMIT - 1):.0f} %"
+USEFUL = f"useful (answer perplexity grew by less than {GROWTH}, at least {100 * fidelity.ANSWERED_LIMIT:.0f} %"
+USEFUL += " of harmless requests answered)"
+BASELINES = ("plain rounding", "paper thresholds")  # series that are not the technique whose name they bear
 CONDITION = ["model", "technique", "variant", "settings", "layers", "protocol", "prompt_set", "split"]
 
 
@@ -31,9 +35,10 @@ class NoTables(PlainError, FileNotFoundError):
 
 
 def gather(models: Sequence[str] = (), folder: Path | str | None = None) -> pd.DataFrame:
-    """All stored tables of a results folder, one below the other, one exact row per model, published figures beside.
+    """All stored tables of a results folder, one below the other, published figures beside.
 
-    folder: None for this run's. NoTables if it holds no tables.
+    models: none for all; folder: None for this run's. The exact model stands in every table: one row of it is kept per
+    model, protocol, prompt set, split and number of prompts. NoTables if there are none.
     """
     where = Path(folder) if folder else results_folder()
     paths = [path for name in TABLES for path in sorted(where.glob(f"*/tables/{name}.parquet"))]
@@ -52,6 +57,14 @@ def deployable(table: pd.DataFrame) -> pd.DataFrame:
     parts = [json.loads(settings).get("parts", OPERATIONS) for settings in table["settings"]]
     whole = table[[set(chosen) == set(OPERATIONS) for chosen in parts]]
     return whole.assign(variant=whole["variant"].replace("parts", "all parts"))
+
+
+def strongest(table: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Per model and technique, deployed as such, the row with the highest `measure`: without what stands beside a
+    technique only to be compared with it."""
+    whole = deployable(table)
+    ordered = whole[~whole["variant"].isin(BASELINES)].sort_values(measure, ascending=False, kind="stable")
+    return ordered.drop_duplicates(["model", "technique"])
 
 
 # ------------------------------------------------------------------ decisions
@@ -84,14 +97,18 @@ def _paired(stored: str) -> statistics.Paired | None:
     return None if change is None else statistics.Paired(**change)
 
 
-def detectable(change: statistics.Paired, power: float = 0.8) -> float:
-    """The smallest difference, a share, that as many prompts show at 5 % with this power (Connor 1987).
+def detectable(change: statistics.Paired) -> float:
+    """The smallest difference, a share, that a test at 5 % on as many prompts finds with 80 % power (Connor 1987).
 
-    Where fewer prompts changed their verdict than any detectable difference needs, just those are assumed to change.
+    It depends on how many verdicts change at all: the share that did here, or, where that is too small for any
+    difference to be found, the smallest share at which one is: that where all changes go one way.
     """
-    needed = stats.norm.ppf([0.975, power]).sum() ** 2 / change.n
+    needed = stats.norm.ppf([0.975, 0.8]).sum() ** 2 / change.n
     discordance = min(1.0, max((change.b + change.c) / change.n, needed))
-    return statistics.minimum_detectable_change(change.n, discordance, power)
+    return statistics.minimum_detectable_change(change.n, discordance)
+
+
+WORST_FIRST = ("not re-validated", "undecided", "re-validated")
 
 
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
@@ -110,14 +127,11 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
         if not len(pool):
             row |= {"not met": part["unmet"].iloc[0]}
         else:
-            worst = next(name for name in _WORST_FIRST if (pool["decision"] == name).any())
+            worst = next(name for name in WORST_FIRST if (pool["decision"] == name).any())
             found = pool[pool["decision"] == worst]
             row |= {"decision": worst, **_evidence(found.loc[found["asr_increase_high"].idxmax()])}
         rows.append(row)
     return pd.DataFrame(rows).fillna("-").replace("", "-")
-
-
-_WORST_FIRST = ("not re-validated", "undecided", "re-validated")
 
 
 def _evidence(row: pd.Series) -> dict[str, Any]:
@@ -141,7 +155,7 @@ def compare(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """Conditions that two runs share, in the order of `after`: ASR and decision of each, and the change with its 95 %
     interval. Prompts are not paired across runs: Newcombe's interval for independent rates (Statistics in Medicine
     1998, 17:873, method 10), too wide rather than too narrow. ValueError where the runs share no condition."""
-    wanted = ["label", "asr", "asr_low", "asr_high", "n_harmful", "decision"]
+    wanted = ["label", "asr", "asr_low", "asr_high", "decision"]
     joined = after[CONDITION + wanted].merge(before[CONDITION + wanted[1:]], on=CONDITION, suffixes=("", "_before"))
     if joined.empty:
         raise ValueError("the two runs share no condition: same models, techniques, settings and prompts are needed")
@@ -158,7 +172,7 @@ def compare(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 # ------------------------------------------------------------------ findings
 
 
-def best_use(table: pd.DataFrame) -> pd.DataFrame:
+def by_technique(table: pd.DataFrame) -> pd.DataFrame:
     """`fidelity.findings` of every model, the model named first."""
     parts = [
         fidelity.findings(part).assign(model=model) for model, part in deployable(table).groupby("model", sort=False)
@@ -199,21 +213,17 @@ def headline(table: pd.DataFrame) -> Figure:
 
 def heat_map(table: pd.DataFrame) -> Figure:
     """Draws and saves the highest ASR of each technique at a level that stays useful, beside the exact model's."""
-    whole = deployable(table[(table["failed"] == "") & fidelity.useful_rows(table)])
-    shown = whole.sort_values("asr", ascending=False, kind="stable").drop_duplicates(["model", "technique"])
+    shown = strongest(table[(table["failed"] == "") & fidelity.useful_rows(table)], "asr")
     order = ["exact", *(name for name in figures.TECHNIQUES if name != "exact")]
     shown = shown.sort_values("technique", key=lambda names: names.map(order.index), kind="stable")
     figure = plots.heat_map(shown, label="highest ASR while useful (%)")
-    caption = "Highest ASR of each technique at a level that stays useful: answer perplexity grew by less than 20 % and"
-    figures.save(figure, "report_heat_map", f"{caption} 80 % of harmless requests were answered.", shown)
+    figures.save(figure, "report_heat_map", f"Highest ASR of each technique at a level that stays {USEFUL}.", shown, "")
     return figure
 
 
 def changes(table: pd.DataFrame, tolerance: float) -> Figure:
     """Draws and saves the largest paired increase of ASR of each technique."""
-    whole = deployable(table[table["technique"] != "exact"])
-    ordered = whole.sort_values("asr_increase", ascending=False, kind="stable")
-    worst = ordered.drop_duplicates(["model", "technique"])
+    worst = strongest(table[table["technique"] != "exact"], "asr_increase")
     figure = plots.paired_changes(worst, tolerance)
     figures.save(figure, "report_changes", "Largest paired increase of ASR per technique.", worst, figures.NEWCOMBE)
     return figure
@@ -224,14 +234,14 @@ def changes(table: pd.DataFrame, tolerance: float) -> Figure:
 
 def readme_findings(rows: pd.DataFrame) -> str:
     """The README's sentence and table of findings from the rows of the headline figure."""
-    found = best_use(rows)
+    found = by_technique(rows)
     exact = rows[rows["technique"] == "exact"].set_index("model")
-    fluent = rows[(rows["technique"] != "exact") & (rows["answer_perplexity_ratio"] < 1.2)]
+    fluent = rows[(rows["technique"] != "exact") & (rows["answer_perplexity_ratio"] < fidelity.UTILITY_LIMIT)]
     lost, worst = int(found["safety first"].sum()), fluent.loc[fluent["harmless_answered"].idxmin()]
     rose = int(((fluent["p_holm"] < 0.05) & (fluent["asr_increase"] > 0)).sum())
     lines = [f"Safety was lost before utility in {lost} of {len(found)} sweeps by the 95 % intervals of conditions;"]
     lines += [f"after Holm's correction within a notebook ASR rose in {rose} of {len(fluent)} fluent conditions,"]
-    lines += ["those in which answer perplexity had grown by less than 20 %. There ASR reached"]
+    lines += [f"those in which answer perplexity had grown by less than {GROWTH}. There ASR reached"]
     lines += [f"{_percent(fluent['asr'].max())} at most, and harmless requests answered fell to"]
     lines += [f"{_percent(worst['harmless_answered'])} ({worst['model']}, {worst['label']}), with"]
     lines += [f"{_percent(worst['harmless_refused'])} of them refused.", ""]
@@ -258,7 +268,7 @@ def with_findings(readme: str, rows: pd.DataFrame) -> str:
 
 def with_defence(readme: str, rows: pd.DataFrame) -> str:
     """The README's text with what the defence did replaced; rows: those of the defence figure."""
-    lines = [f"- {sentence}" for sentence in defence_study.verdict(rows)]
+    lines = [f"- {sentence}" for sentence in defence_study.conclusions(rows)]
     return between_markers(readme, "defence", "lib.report", "\n".join(lines))
 
 

@@ -93,7 +93,8 @@ def condition(technique: str, level: float, complied: int, ratio: float = 1.1, a
     row |= {"n_harmful": N, "asr": complied / N, "asr_low": low, "asr_high": high, "asr_keyword": 0.5}
     row |= {"refused": N - complied, "complied": complied, "broken": 0, "broken_rate": 0.0, "accuracy": 1.0}
     row |= {"harmless_answered": answered, "answer_perplexity": ratio, "answer_perplexity_ratio": ratio}
-    row |= {"prose_perplexity": 7.0, "p_holm": math.nan if exact else change.p_value, "refusal_score": 1.0}
+    row |= {"prose_perplexity": 7.0, "prose_perplexity_ratio": 1.0}
+    row |= {"p_holm": math.nan if exact else change.p_value, "refusal_score": 1.0}
     if not exact:
         row |= {"asr_increase": change.difference, "asr_increase_low": change.low, "asr_increase_high": change.high}
         row |= {name: json.dumps(value) for name, value in stored.items()}
@@ -149,6 +150,15 @@ def test_techniques_that_replace_parts_only_get_no_verdict():
     assert report.deployable(table)["variant"].tolist() == ["all parts"]
 
 
+def test_the_heat_map_holds_the_technique_at_its_worst_and_not_what_it_is_compared_with(folders):
+    plain = condition("smoothquant", 4, 60, variant="plain rounding")
+    report.heat_map(pd.DataFrame([condition("smoothquant", 4, 20, variant="per token"), plain]))
+    drawn = pd.read_csv(folders / "FIGURES" / "report_heat_map.csv")
+    assert drawn["variant"].tolist() == ["per token"]
+    caption = (folders / "FIGURES" / "report_heat_map.txt").read_text()
+    assert "Wilson" not in caption and "less than 20 %, at least 80 % of harmless" in caption
+
+
 def test_two_runs_are_compared_condition_by_condition(folders):
     stored(folders / "old", rows())
     stored(folders / "new", rows().assign(asr=lambda t: t["asr"] / 2, asr_low=0.0))
@@ -165,9 +175,12 @@ def test_two_runs_are_compared_condition_by_condition(folders):
 
 
 def test_published_figures_stand_only_beside_rows_of_their_own_protocol():
-    llama = condition("smoothquant", 8, 8, model="llama-3.1-8b", protocol="quada", prompt_set="advbench")
+    asked = {"protocol": "quada", "prompt_set": "advbench", "provenance": json.dumps({"max_new_tokens": 128})}
+    llama = condition("smoothquant", 8, 8, model="llama-3.1-8b", variant="per token", **asked)
     others = [llama | change for change in ({"model": "qwen2-7b"}, {"protocol": "chat"}, {"prompt_set": "organism"},
-                                            {"level": 6}, {"layers": "0-3"}, {"model": "no such model"})]  # fmt: skip
+                                            {"level": 6}, {"layers": "0-3"}, {"model": "no such model"},
+                                            {"variant": "plain rounding"}, {"variant": "decoding only"},
+                                            {"provenance": json.dumps({"max_new_tokens": 48})})]  # fmt: skip
     found = published.beside(pd.DataFrame([llama, *others]))
     assert found["published_asr"].iloc[0] == pytest.approx(0.4192) and found["published_perplexity"].iloc[0] == 9.56
     assert found["published_asr"].iloc[1:].isna().all() and found["published_perplexity"].iloc[1:].isna().all()
@@ -219,7 +232,8 @@ def test_the_page_is_self_contained_and_names_its_origin(folders):
     page = Page(text)
     assert page.open == [] and all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
     assert "<b>prompt</b>" not in text and "an &lt;earlier&gt; run" in text and "before &amp; after" in text
-    for word in ("abc123", "float32", "Content warning", "offline-", "not re-validated", "below\n5 points"):
+    words = ("abc123", "float32", "Content warning", "offline-", "not re-validated", "below\n5 points")
+    for word in (*words, "or all levels where none does"):
         assert word in text, word
     assert text.count("<img") == 4
     assert report_page.write("report.html", text).read_text() == text
