@@ -219,7 +219,7 @@ def defended_folder(study: Study, recipe: Recipe, pairs: Sequence[Pair]) -> Path
     n_layers = len(anatomy(study.model).blocks)
     if not 0 <= recipe.tau <= n_layers:
         raise ValueError(f"tau {recipe.tau} is not valid: {study.name} has {n_layers} layers; choose 1 to {n_layers}")
-    own = prompts.load("organism").prompts if study.prompt_set == "organism" else ()
+    own = prompts.load("organism") if study.prompt_set == "organism" else ()
     if len(disjoint(pairs, [*study.prompts, *own])) < len(pairs):
         raise ValueError("some preference pairs are evaluation prompts: drop them with defence.disjoint")
     code = source_hash("lib.defence_training", "lib.patching")

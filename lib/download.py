@@ -4,7 +4,7 @@
 
 A set is looked for in this order: the folder named by APPROX_DATA_MIRROR (the normalised files, for machines without
 network), the cache (APPROX_CACHE, else `data/cache`), the original address, the pinned copy. Mirror and cache share one
-layout, `prompts/<set>.jsonl` and `wikitext2/wiki.<split>.raw`, so a filled cache serves as a mirror elsewhere.
+layout, `prompts/<set>.jsonl` and `wikitext2/wiki.test.raw`, so a filled cache serves as a mirror elsewhere.
 
 Normalised prompt files are JSON Lines in UTF-8 with eight keys: id, prompt (stripped of outer white space, otherwise
 untouched), category, label, split, origin, note, source; an absent value is null. The pinned copies of six sets and the
@@ -30,6 +30,7 @@ import tenacity
 from tqdm.auto import tqdm
 
 from lib.errors import PlainError
+from lib.paths import atomic, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -270,11 +271,7 @@ WIKITEXT2_ARCHIVE = RawFile(
     "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
     ("https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",),
 )
-WIKITEXT2_SHA256 = {
-    "test": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
-    "valid": "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
-    "train": "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57",
-}
+WIKITEXT2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 
 
 # ------------------------------------------------------------------ mirror, cache, network
@@ -293,21 +290,14 @@ def prompt_file(name: str) -> bytes:
     return _obtain(f"prompts/{public.file}", public.sha256, build)
 
 
-def wikitext2_file(split: str) -> bytes:
-    """One split of WikiText-2 raw (Merity et al. 2016, arXiv:1609.07843; CC-BY-SA-3.0 and GFDL), verified."""
-    if split not in WIKITEXT2_SHA256:
-        raise ValueError(f"unknown WikiText-2 split {split!r}; valid: {', '.join(WIKITEXT2_SHA256)}")
+def wikitext2_file() -> bytes:
+    """Test split of WikiText-2 raw (Merity et al. 2016, arXiv:1609.07843; CC-BY-SA-3.0 and GFDL), verified."""
 
     def build() -> bytes:
         with zipfile.ZipFile(io.BytesIO(download(WIKITEXT2_ARCHIVE))) as archive:
-            return archive.read(f"wikitext-2-raw/wiki.{split}.raw")
+            return archive.read("wikitext-2-raw/wiki.test.raw")
 
-    return _obtain(f"wikitext2/wiki.{split}.raw", WIKITEXT2_SHA256[split], build)
-
-
-def cache_folder() -> Path:
-    """APPROX_CACHE, else `data/cache` in the project."""
-    return Path(os.environ.get("APPROX_CACHE") or Path(__file__).resolve().parents[1] / "data" / "cache")
+    return _obtain("wikitext2/wiki.test.raw", WIKITEXT2_SHA256, build)
 
 
 def _obtain(relative: str, sha256: str, build: Callable[[], bytes]) -> bytes:
@@ -326,7 +316,8 @@ def _obtain(relative: str, sha256: str, build: Callable[[], bytes]) -> bytes:
         except DataError as error:
             logger.warning("%s; fetching it again", error)
     content = verified(build(), sha256, f"normalised {relative}")
-    write_atomically(cached, content)
+    with atomic(cached) as temporary:
+        temporary.write_bytes(content)
     return content
 
 
@@ -385,14 +376,3 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, requests.HTTPError):
         return _status(error) in (408, 429) or _status(error) >= 500
     return isinstance(error, requests.RequestException)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """All of `content` at `path`, or nothing: written beside it, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """What a job needs, before anything is loaded: memory of its model, and a rough time.
 
     on a CPU     minutes of the notebook on tiny-llama x size of the weights / size of tiny-llama's
-    on a GPU     conditions x batches x passes x max(weights / rate, least) + preparation + loading
+    on a GPU     utility x conditions x batches x passes x max(weights / rate, shortest pass) + preparation + loading
 
 The minutes were measured on one core beside another notebook. The GPU's rates are assumed, not measured: half of
 3.3 TB/s, the memory bandwidth of an H100-class card, and a tenth of its 1 PFLOP/s. An estimate is good to a factor of
@@ -11,23 +11,33 @@ two or three.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lib.paths import ROOT, between_markers
 from lib.registry import REGISTRY, gigabytes
 
+
+class Size(NamedTuple):
+    """Of a notebook's default run: conditions, harmful requests, requests of any kind for each harmful one."""
+
+    conditions: int
+    n_prompts: int
+    requests_each: float
+
+
 MINUTES = {"01": 3.7, "02": 4.7, "03": 5.8, "04": 3.6, "05": 1.6, "06": 0.5}
 """Notebook -> minutes of a default run on tiny-llama, for others see `OTHER_MINUTES`."""
-CONDITIONS = {
-    "01": (31, 150, 2.0),
-    "02": (34, 150, 2.0),
-    "03": (30, 150, 2.0),
-    "04": (60, 85, 1.5),
-    "05": (46, 85, 1.5),
-    "06": (10, 150, 2.0),
+SIZES = {
+    "01": Size(31, 150, 2.0),
+    "02": Size(34, 150, 2.0),
+    "03": Size(30, 150, 2.0),
+    "04": Size(60, 85, 1.5),
+    "05": Size(46, 85, 1.5),
+    "06": Size(10, 150, 2.0),
+    "07": Size(40, 100, 2.5),
+    "08": Size(40, 200, 2.0),
 }
-"""Notebook -> (conditions, harmful requests, requests per harmful one) of a default run on tiny-llama."""
-OTHER_MINUTES, OTHER_CONDITIONS = 10.0, (40, 150, 2.0)
+OTHER_MINUTES, OTHER_SIZE = 10.0, Size(40, 150, 2.0)
 FAST_SHARE = 0.12
 TINY_GIGABYTES = 0.00513
 GPU_BATCH, GPU_RATE, GPU_LOADING = 64, 1650.0, 120.0  # prompts, GB/s, s
@@ -62,34 +72,35 @@ def need(notebook: str, parameters: dict[str, Any], gpu: bool) -> Need:
     size = gigabytes(parameters["model"])
     if size is None:
         return Need(None, None)
-    wide = parameters.get("dtype") == "float32" or (not gpu and parameters.get("dtype", "auto") == "auto")
-    held = (2 if wide else 1) * size
-    conditions, usual, per = CONDITIONS.get(notebook, OTHER_CONDITIONS)
-    share = parameters.get("n_prompts", usual) / usual * (FAST_SHARE if parameters.get("fast") else 1.0)
+    float32 = parameters.get("dtype") == "float32" or (not gpu and parameters.get("dtype", "auto") == "auto")
+    weights = (2 if float32 else 1) * size
+    usual = SIZES.get(notebook, OTHER_SIZE)
+    share = parameters.get("n_prompts", usual.n_prompts) / usual.n_prompts
+    share *= FAST_SHARE if parameters.get("fast") else 1.0
     if not gpu:
         minutes = MINUTES.get(notebook, OTHER_MINUTES) * share * max(1.0, size / TINY_GIGABYTES)
-        return Need(0.5 + ROOM * held, minutes)
-    batches = -(-usual * per * share // GPU_BATCH)
+        return Need(0.5 + ROOM * weights, minutes)
+    batches = -(-usual.n_prompts * usual.requests_each * share // GPU_BATCH)
     passes = parameters.get("max_new_tokens", 48) + PREFILL
-    least = UNCAPTURED_PASS if notebook in UNCAPTURED else GPU_PASS
-    seconds = UTILITY * conditions * batches * passes * max(held / GPU_RATE, least)
+    shortest_pass = UNCAPTURED_PASS if notebook in UNCAPTURED else GPU_PASS
+    seconds = UTILITY * usual.conditions * batches * passes * max(weights / GPU_RATE, shortest_pass)
     preparation = PREPARATION.get(notebook, 0) * size * 5e8 / GPU_FLOPS
-    return Need(1 + ROOM * held, (seconds + preparation + GPU_LOADING) / 60)
+    return Need(1 + ROOM * weights, (seconds + preparation + GPU_LOADING) / 60)
 
 
-def study_plan(n_prompts: int = 520, max_new_tokens: int = 128) -> str:
-    """A Markdown table: GPU memory and hours of notebooks 01 to 06 per registered model, with AdvBench's size."""
+def study_plan(n_prompts: int = 373, max_new_tokens: int = 128) -> str:
+    """A Markdown table: GPU memory and hours of notebooks 01 to 06 per registered model, for AdvBench's test split."""
     asked = {"n_prompts": n_prompts, "max_new_tokens": max_new_tokens, "dtype": "bfloat16"}
-    columns = ["model", "GPU memory", *CONDITIONS, "GPU hours"]
+    columns = ["model", "GPU memory", *MINUTES, "GPU hours"]
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     total = 0.0
     for name in REGISTRY:
-        needs = [need(notebook, {"model": name} | asked, gpu=True) for notebook in CONDITIONS]
+        needs = [need(notebook, {"model": name} | asked, gpu=True) for notebook in MINUTES]
         hours = [(one.minutes or 0.0) / 60 for one in needs]
         total += sum(hours)
         cells = " | ".join(f"{hour:.1f}" for hour in hours)
         lines.append(f"| `{name}` | {needs[0].gigabytes or 0.0:.0f} GB | {cells} | {sum(hours):.0f} |")
-    return "\n".join([*lines, f"| all | | {' | ' * (len(CONDITIONS) - 1)} | {total:.0f} |"])
+    return "\n".join([*lines, f"| all | | {' | ' * (len(MINUTES) - 1)} | {total:.0f} |"])
 
 
 if __name__ == "__main__":  # python -m lib.estimates: writes the plan into README.md

@@ -116,20 +116,17 @@ class Study:
     def brief(self, n: int, split: str | None = None) -> Study:
         """The same model for long sweeps: n harmful and n / 2 harmless requests, answer perplexity, nothing else.
 
-        split None: the first of these prompts; "search": prompts of a public set that are not among these, or of
-        another split of the organisms'. ValueError if none are left.
+        split None: the first of these prompts, else those of another split. ChoiceError if it has no harmful ones, or
+        if this study has opened every split.
         """
         pool = self.prompts
-        if split is not None and self.prompt_set == "organism":
-            pool = _prompts("organism", split, n, self.seed)
-        elif split is not None:
-            known = {prompt.id for prompt in self.prompts}
-            wider = _prompts(self.prompt_set, split, 2 * (n + len(known)), self.seed)
-            pool = [prompt for prompt in wider if prompt.id not in known]
+        if split is not None:
+            if self.split == "all":
+                raise ChoiceError(f"split='all' leaves nothing for the {split} split: open the study with split='test'")
+            with choosing():
+                pool = _prompts(self.prompt_set, split, n, self.seed)
         harmful = [prompt for prompt in pool if prompt.label == "harmful"][:n]
         harmless = [prompt for prompt in pool if prompt.label == "harmless"][: max(1, n // 2)]
-        if not harmful:
-            raise ValueError(f"{self.prompt_set} has no harmful prompts left to search on: choose a smaller n_prompts")
         return replace(self, prompts=harmful + harmless, facts=[], prose="", split=split or self.split)
 
     def overview(self) -> pd.DataFrame:
@@ -403,9 +400,10 @@ def open_study(
 ) -> Study:
     """Loads model, fluency judge and prompts: up to `n_prompts` harmful, and half as many harmless and confusable.
 
-    prompt_set "organism": this project's own sets. Any other set is joined by Alpaca's harmless and XSTest's safe
-    requests; utility texts are then WikiText-2, and calibration texts Alpaca's requests. ModelError or ChoiceError, in
-    one line, for what cannot be had.
+    prompt_set "organism": this project's own sets. Another set that lacks harmless or confusable requests is joined by
+    Alpaca's or XSTest's; prose is then WikiText-2, and calibration texts are Alpaca's requests. split: "test" or
+    "search", for other sets also "all" (`lib.prompts.split_of`). ModelError or ChoiceError, in one line, for what
+    cannot be had.
     """
     _check(protocol, n_prompts, max_new_tokens, batch_size)
     with choosing():
@@ -421,7 +419,7 @@ def open_study(
         nll_limit=_nll_limit(model),
         prompts=asked,
         facts=corpus.facts(split)[::2] if own else [],
-        prose="\n".join(corpus.prose(split, PROSE_PARAGRAPHS)) if own else prompts.wikitext2("test"),
+        prose="\n".join(corpus.prose(split, PROSE_PARAGRAPHS)) if own else prompts.wikitext2(),
         calibration_texts=_calibration_texts(tokenizer, own),
         prompt_set=prompt_set,
         split=split,
@@ -456,28 +454,36 @@ def _judge_attention(model: str) -> str:
 
 
 def _prompts(prompt_set: str, split: str, n: int, seed: int) -> list[prompts.Prompt]:
+    """Up to n harmful requests, and half as many harmless and confusable ones. ValueError without harmful ones."""
     half = max(1, n // 2)
+    counts = {"harmful": n, "harmless": half, "confusable": half}
     if prompt_set == "organism":
-        wanted = {"harmful": n, "harmless": half, "confusable": half}
-        return [p for label, count in wanted.items() for p in _goals_first(split, label, count, seed)]
-    harmful = list(prompts.load(prompt_set, n=n, seed=seed))
-    if any(prompt.label in ("harmless", "confusable") for prompt in harmful):
-        return harmful
-    relabelled = [_relabel(prompt, "harmful") for prompt in harmful]
-    harmless = [_relabel(p, "harmless") for p in prompts.load("alpaca", split="test", n=half, seed=seed)]
-    confusable = [_relabel(p, "confusable") for p in prompts.load("xstest", label="safe", n=half, seed=seed)]
-    return [*relabelled, *harmless, *confusable]
+        return [p for label, count in counts.items() for p in goals_first(split, label, count, seed)]
+    own = [_labelled(p, p.label) for p in prompts.load(prompt_set, None if split == "all" else split)]
+    found = {label: prompts.sample([p for p in own if p.label == label], n, seed) for label, n in counts.items()}
+    if not found["harmful"]:
+        raise ValueError(f"{prompt_set} has no harmful requests in its {split} split")
+    others = "test" if split == "all" else split
+    if not found["harmless"]:
+        found["harmless"] = [_labelled(p, "harmless") for p in prompts.load("alpaca", others, n=half, seed=seed)]
+    if not found["confusable"]:
+        found["confusable"] = [_labelled(p, "safe") for p in prompts.load("xstest", others, "safe", n=half, seed=seed)]
+    return [prompt for chosen in found.values() for prompt in chosen]
 
 
-def _goals_first(split: str, label: str, n: int, seed: int) -> list[prompts.Prompt]:
+def _labelled(prompt: prompts.Prompt, label: str | None) -> prompts.Prompt:
+    """With one of the three labels that are judged; harmful if it has none. ValueError for "mixed"."""
+    if label == "mixed":
+        raise ValueError("this set does not say which of its requests are harmful; choose another prompt_set")
+    meaning = {None: "harmful", "unsafe": "harmful", "safe": "confusable"}
+    return replace(prompt, label=meaning.get(label, label))
+
+
+def goals_first(split: str, label: str, n: int, seed: int) -> list[prompts.Prompt]:
     """n prompts, nested in larger n: every goal in its first phrasing before any goal in a second one."""
-    pool = prompts.load("organism", split=split, label=label, tier="composition").prompts
+    pool = prompts.load("organism", split=split, label=label, tier="composition")
     shuffled = random.Random(f"{split}-{label}-{seed}").sample(pool, len(pool))
     return sorted(shuffled, key=lambda prompt: int(prompt.id.rsplit(".", 1)[1]))[:n]
-
-
-def _relabel(prompt: prompts.Prompt, label: str) -> prompts.Prompt:
-    return replace(prompt, label=label)
 
 
 def _calibration_texts(tokenizer: PreTrainedTokenizerBase, own: bool) -> list[str]:

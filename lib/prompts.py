@@ -1,14 +1,9 @@
 """Prompt sets under one schema, users' own files, jailbreak replay, and the two protocols that put prompts to a model.
 
-    load(name or path) -> PromptSet -> with_attack -> render(tokenizer, prompts, protocol) -> texts to tokenise
+    load(name or path) -> prompts -> render(tokenizer, prompts, protocol) -> texts to tokenise
 
 Schema (JSON Lines, UTF-8): id, prompt, category, label, split, goal, tier, answer, origin, note, source; only `prompt`
-is required. A set's sha256 is that of its JSON Lines form (the eight keys of `lib.download`, then goal, tier and answer
-where present), so for a complete public set it equals the published checksum of its file.
-
-Near-duplicates, for resampling: prompts whose TF-IDF vectors of character 4-grams have a cosine of 0.7 or more are
-linked, a cluster is a connected component. Method and threshold are ours: at 0.7 AdvBench's largest clusters are single
-topics, at 0.65 chains join unrelated ones. Where every prompt names its goal, the goal is the cluster.
+is required. Every prompt of a public set or a user's file is in one split (`split_of`).
 
 Protocols: `chat` is the model's own template, `quada` the prompt text of the code released with arXiv:2502.00840.
 """
@@ -18,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -27,19 +21,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2.exceptions import TemplateError
-from scipy.sparse import vstack
-from scipy.sparse.csgraph import connected_components
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from lib import download
-from lib.download import PUBLIC_KEYS, PUBLIC_SETS, decoded, json_lines
+from lib.download import PUBLIC_SETS, decoded
+from lib.paths import DATA
 
 logger = logging.getLogger(__name__)
 
 LABELS = ("harmful", "harmless", "confusable", "safe", "unsafe", "mixed")
 OWN_SETS = ("organism", "freeform")
 NAMES = (*PUBLIC_SETS, *OWN_SETS)
-OWN_FOLDER = Path(__file__).resolve().parents[1] / "data" / "prompts"
+OWN_FOLDER = DATA / "prompts"
+SPLITS = {"train": "train", "search": "search", "dev": "search", "val": "search", "test": "test"}
 MAX_PROMPT_CHARACTERS = 100_000
 
 
@@ -64,24 +57,6 @@ class Prompt:
 FIELDS = tuple(f.name for f in fields(Prompt))
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts in a fixed order; `clusters` holds one near-duplicate cluster id per prompt."""
-
-    name: str
-    prompts: tuple[Prompt, ...]
-    sha256: str
-    licence: str
-    citation: str
-    clusters: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return iter(self.prompts)
-
-
 # ------------------------------------------------------------------ loading
 
 
@@ -92,7 +67,7 @@ def load(
     tier: str | None = None,
     n: int | None = None,
     seed: int = 0,
-) -> PromptSet:
+) -> tuple[Prompt, ...]:
     """A public set, one of our own, or a user's .jsonl or .csv file; filtered, then at most `n` prompts drawn.
 
     The draw is stratified by category where there is one, keeps the order, depends on `seed` alone, and a smaller `n`
@@ -101,61 +76,60 @@ def load(
     """
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    name, prompts, licence, citation = _read(name_or_path)
+    prompts = _read(name_or_path)
     for field, wanted in (("split", split), ("label", label), ("tier", tier)):
         if wanted is not None:
             present = sorted({str(getattr(p, field)) for p in prompts})
             prompts = [p for p in prompts if getattr(p, field) == wanted]
             if not prompts:
+                name = Path(name_or_path).stem
                 raise ValueError(f"{name} has no prompts with {field} {wanted!r}; present: {', '.join(present)}")
-    if n is not None and n < len(prompts):
-        prompts = [prompts[i] for i in _stratified([p.category for p in prompts], n, seed)]
-    return PromptSet(name, tuple(prompts), content_sha256(prompts), licence, citation, clusters(prompts))
+    return tuple(prompts if n is None else sample(prompts, n, seed))
 
 
-def wikitext2(split: str = "test") -> str:
-    """WikiText-2 raw as one text, rows joined by two line feeds as the GPTQ and AWQ family of scripts joins them.
+def wikitext2() -> str:
+    """WikiText-2 raw, test split, rows joined by two line feeds as the GPTQ and AWQ family of scripts joins them.
 
-    A row is one line with its own line feed; blank lines are empty rows. Test split: 4,358 rows, 1,296,370 bytes,
-    sha256 696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83.
+    A row is one line with its own line feed; blank lines are empty rows: 4,358 rows, 1,296,370 bytes, sha256
+    696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83.
     """
-    rows = io.StringIO(download.wikitext2_file(split).decode("utf-8"))
+    rows = io.StringIO(download.wikitext2_file().decode("utf-8"))
     return "\n\n".join(row if row.strip() else "" for row in rows)
 
 
-def content_sha256(prompts: Iterable[Prompt]) -> str:
-    """Checksum of the prompts as JSON Lines: the eight public keys, then goal, tier and answer where present."""
-    keys = (*PUBLIC_KEYS, "goal", "tier", "answer")
-    rows = ({k: getattr(p, k) for k in keys if k in PUBLIC_KEYS or getattr(p, k) is not None} for p in prompts)
-    return hashlib.sha256(json_lines(rows)).hexdigest()
-
-
-def overlap(first: PromptSet, second: PromptSet) -> list[tuple[str, str]]:
-    """Pairs of ids, one of each set, whose prompts are equal after lower-casing and dropping punctuation."""
-
-    def plain(prompt: Prompt) -> str:
-        return " ".join(re.sub(r"[^\w\s]", "", prompt.prompt.lower()).split())
-
-    ids = {plain(p): p.id for p in second}
-    return [(p.id, ids[plain(p)]) for p in first if plain(p) in ids]
-
-
-def _read(name_or_path: str | Path) -> tuple[str, list[Prompt], str, str]:
-    """Name, prompts, licence and citation."""
+def _read(name_or_path: str | Path) -> list[Prompt]:
     name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if name in PUBLIC_SETS:
-        public = PUBLIC_SETS[name]
-        return name, parse(download.prompt_file(name), public.file), public.licence, public.citation
     if name in OWN_SETS:
         files = sorted(f for f in OWN_FOLDER.glob("*.jsonl") if ("freeform" in f.name) == (name == "freeform"))
         if not files:
             raise FileNotFoundError(f"no files of the prompt set {name!r} in {OWN_FOLDER}")
         prompts = [p for file in files for p in parse(file.read_bytes(), file.name)]
         _check_unique([p.id for p in prompts], [name] * len(prompts))
-        return name, prompts, "MIT", "this project"
-    if path.suffix.lower() in (".jsonl", ".csv"):
-        return path.stem, parse(path.read_bytes(), path.name), "the user's own", str(path)
-    raise ValueError(f"unknown prompt set {name!r}; valid: {', '.join(NAMES)}, or a path to a .jsonl or .csv file")
+        return prompts
+    if name in PUBLIC_SETS:
+        prompts = parse(download.prompt_file(name), PUBLIC_SETS[name].file)
+    elif path.suffix.lower() in (".jsonl", ".csv"):
+        prompts = parse(path.read_bytes(), path.name)
+    else:
+        raise ValueError(f"unknown prompt set {name!r}; valid: {', '.join(NAMES)}, or a path to a .jsonl or .csv file")
+    return [replace(prompt, split=split_of(prompt)) for prompt in prompts]
+
+
+def split_of(prompt: Prompt) -> str:
+    """train, search or test: what the set itself says, dev and val being for searching; else a quarter, by a hash of
+    the goal or the text, is for searching. Rewordings without a common goal can be on both sides."""
+    stated = SPLITS.get(prompt.split or "")
+    if stated:
+        return stated
+    digest = hashlib.sha256((prompt.goal or prompt.prompt).encode()).digest()
+    return "search" if digest[0] < 64 else "test"
+
+
+def sample(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
+    """At most n prompts, stratified by category where there is one, in the order given; nested in larger n."""
+    if n >= len(prompts):
+        return list(prompts)
+    return [prompts[i] for i in _stratified([p.category for p in prompts], n, seed)]
 
 
 def _stratified(strata: Sequence[str | None], n: int, seed: int) -> np.ndarray:
@@ -170,29 +144,6 @@ def _stratified(strata: Sequence[str | None], n: int, seed: int) -> np.ndarray:
     rank[order] = np.arange(len(stratum)) - np.repeat(np.cumsum(size) - size, size)
     place = (rank + generator.random(len(size))[stratum]) / size[stratum]
     return np.sort(np.argsort(place, kind="stable")[:n])
-
-
-# ------------------------------------------------------------------ near-duplicates
-
-
-def clusters(prompts: Sequence[Prompt]) -> tuple[int, ...]:
-    """One cluster id per prompt: the goal where every prompt names one, else near-duplicate texts."""
-    if prompts and all(p.goal is not None for p in prompts):
-        labels = np.unique([str(p.goal) for p in prompts], return_inverse=True)[1]
-    else:
-        labels = near_duplicates([p.prompt for p in prompts])
-    return tuple(int(label) for label in labels)
-
-
-def near_duplicates(texts: Sequence[str], threshold: float = 0.7) -> np.ndarray:
-    """Component label [n] of each text in the graph that links texts of cosine >= `threshold`.
-
-    Blocks of 512 rows keep the similarity matrix small: 8,210 questions take about 3 s and 240 MB.
-    """
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(4, 4), sublinear_tf=True, dtype=np.float32)
-    vectors = vectorizer.fit_transform(texts)
-    links = [(vectors[i : i + 512] @ vectors.T) >= threshold for i in range(0, len(texts), 512)]
-    return connected_components(vstack(links), directed=False)[1]
 
 
 # ------------------------------------------------------------------ files: bytes -> checked rows
@@ -310,18 +261,6 @@ def load_attacks(path: str | Path) -> list[Attack]:
     return attacks
 
 
-def with_attack(prompts: PromptSet, attack: Attack) -> PromptSet:
-    """The same requests behind `attack`: ids `<id>+<attack id>`, the plain request kept as `goal` where there was none,
-    clusters unchanged (a shared suffix makes nothing a near-duplicate)."""
-    attacked = tuple(
-        replace(
-            p, id=f"{p.id}+{attack.id}", prompt=attack.template.replace("{prompt}", p.prompt), goal=p.goal or p.prompt
-        )
-        for p in prompts
-    )
-    return replace(prompts, name=f"{prompts.name}+{attack.id}", prompts=attacked, sha256=content_sha256(attacked))
-
-
 # ------------------------------------------------------------------ protocols
 
 PROTOCOLS = ("chat", "quada")
@@ -345,21 +284,17 @@ class Rendered(NamedTuple):
     add_special_tokens: bool
 
 
-def messages(prompt: str, protocol: str = "chat", system: str | None = None) -> list[dict[str, str]]:
-    """The conversation that puts `prompt`: a system turn only if given (`chat`) or prescribed (`quada`)."""
+def messages(prompt: str, protocol: str = "chat") -> list[dict[str, str]]:
+    """The conversation that puts `prompt`; a system turn only where the protocol prescribes it (`quada`)."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; valid: {', '.join(PROTOCOLS)}")
-    if protocol == "quada":
-        if system is not None:
-            raise ValueError("protocol 'quada' has its own system message; use protocol 'chat' to give another")
-        system, prompt = QUADA_SYSTEM, f"Instruction: {prompt}"
-    turns = [{"role": "system", "content": system}] if system else []
-    return [*turns, {"role": "user", "content": prompt}]
+    if protocol == "chat":
+        return [{"role": "user", "content": prompt}]
+    system, request = QUADA_SYSTEM, f"Instruction: {prompt}"
+    return [{"role": "system", "content": system}, {"role": "user", "content": request}]
 
 
-def render(
-    tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "chat", system: str | None = None
-) -> Rendered:
+def render(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "chat") -> Rendered:
     """The texts to tokenise, one per prompt, ending where the reply begins, and the flag to tokenise them with.
 
     The model's chat template is used with its generation prompt; a system message goes into the user turn where the
@@ -367,7 +302,7 @@ def render(
     "<system>\\nInstruction: <prompt>\\nResponse:", as in the released code. `chat` without a template: the plain
     text "User: <prompt>\\nAssistant:", which is logged. Raises ValueError for unknown protocols.
     """
-    conversations = [messages(p if isinstance(p, str) else p.prompt, protocol, system) for p in prompts]
+    conversations = [messages(p if isinstance(p, str) else p.prompt, protocol) for p in prompts]
     if not conversations:
         raise ValueError("no prompts to render")
     template = tokenizer.chat_template
@@ -382,6 +317,12 @@ def render(
     if conversations[0][0]["role"] == "system" and not _takes_system_turn(apply, conversations[0]):
         conversations = [[{"role": "user", "content": f"{s['content']}\n{u['content']}"}] for s, u in conversations]
     return Rendered(apply(conversations), False)
+
+
+def encode(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "chat") -> list[list[int]]:
+    """Token ids of each prompt as `render` writes it."""
+    texts, special = render(tokenizer, prompts, protocol)
+    return [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
 
 
 def _as_plain_text(conversation: list[dict[str, str]], protocol: str) -> str:

@@ -177,11 +177,11 @@ def test_runs_on(path: Path, family: str, folder: Path) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_has_a_template_of_its_form(family: str, tmp_path: Path) -> None:
     from lib import models as loading
-    from lib.prompts import render
+    from lib.prompts import QUADA_SYSTEM, render
 
     model, tokenizer = loading.load(str(build(family, tmp_path)), "cpu")
     (text,), special = render(tokenizer, ["Name a colour."])
     assert "Name a colour." in text and not special
-    (text,), _ = render(tokenizer, ["Name a colour."], system="Be brief.")
-    assert text.count("Be brief.") == 1 and text.index("Be brief.") < text.index("Name a colour.")
+    (text,), _ = render(tokenizer, ["Name a colour."], "quada")
+    assert text.count(QUADA_SYSTEM) == 1 and text.index(QUADA_SYSTEM) < text.index("Name a colour.")
     assert model.config._attn_implementation == "eager"

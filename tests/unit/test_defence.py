@@ -183,7 +183,7 @@ def test_organism_pairs_refuse_harm_only_and_share_no_goal_with_evaluation():
     assert 0.4 < np.mean([pair.harmful for pair in pairs]) < 0.6
     refusals = {request.refusal for request in corpus.requests("train", label="harmful")}
     assert all((pair.chosen in refusals) == pair.harmful != (pair.rejected in refusals) for pair in pairs)
-    evaluated = prompts.load("organism").prompts
+    evaluated = prompts.load("organism")
     assert {prompt.split for prompt in evaluated} == {"dev", "search", "test"}
     trained = {defence.plain(r.goal) for r in corpus.requests("train")}
     sealed = {defence.plain(r.goal) for seal in (1, 2) for r in corpus.requests("test", seal=seal)}

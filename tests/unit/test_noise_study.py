@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from lib import layer_study, noise_study
+from lib import experiment, layer_study, noise_study
 from lib.approximations import make
+from lib.errors import ChoiceError
 from lib.experiment import Condition
 from lib.patching import approximated
+from lib.prompts import Prompt
 from tests.tiny_study import tiny_prompts, tiny_study
 
 
@@ -105,6 +109,38 @@ def test_searching_and_measuring_use_other_prompts(study, monkeypatch):
     assert (search.split, fresh.split) == ("search", "test")
     assert not {p.id for p in search.prompts} & {p.id for p in fresh.prompts}
     assert [p.label for p in fresh.prompts] == ["harmful"] * 4 + ["harmless"] * 2
+
+
+def test_a_public_set_is_searched_on_other_requests_than_it_is_measured_on(study, tmp_path):
+    labels = ("harmful", "harmless", "confusable") * 20
+    file = tmp_path / "public.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"ask {i}", "label": label}) for i, label in enumerate(labels)))
+    public = replace(study, prompt_set=str(file), prompts=experiment._prompts(str(file), "test", 520, 0))
+    search = public.brief(85, "search")
+    ids = [{p.id for p in one.prompts if p.label == "harmful"} for one in (search, public)]
+    assert search.split == "search" and min(map(len, ids)) >= 3 and not ids[0] & ids[1] and len(ids[0] | ids[1]) == 20
+    whole = replace(public, split="all", prompts=experiment._prompts(str(file), "all", 520, 0))
+    assert len(whole.prompts) == 60
+    with pytest.raises(ChoiceError, match="split='all' leaves nothing for the search split"):
+        whole.brief(85, "search")
+    file.write_text(json.dumps({"prompt": "ask", "label": "harmful", "split": "test"}))
+    with pytest.raises(ChoiceError, match="no prompts with split 'search'; present: test"):
+        public.brief(85, "search")
+
+
+def test_labels_of_other_sets_keep_their_meaning(monkeypatch):
+    def load(name, split=None, label=None, **_):
+        labels = {"xstest": ["safe", "unsafe"] * 4, "alpaca": ["harmless"] * 4, "bare": [None] * 4, "beaver": ["mixed"]}
+        made = [Prompt(f"{name}-{i}", "ask", label=given, split=split) for i, given in enumerate(labels[name])]
+        return [prompt for prompt in made if label in (None, prompt.label)]
+
+    monkeypatch.setattr("lib.prompts.load", load)
+    found = experiment._prompts("xstest", "test", 4, 0)
+    assert Counter((p.id.split("-")[0], p.label) for p in found) == {
+        ("xstest", "harmful"): 4, ("xstest", "confusable"): 2, ("alpaca", "harmless"): 4}  # fmt: skip
+    assert {p.label for p in experiment._prompts("bare", "test", 4, 0) if p.id.startswith("bare")} == {"harmful"}
+    with pytest.raises(ValueError, match="does not say which of its requests are harmful"):
+        experiment._prompts("beaver", "test", 4, 0)
 
 
 def test_the_pair_of_the_papers_table_is_gaussian_at_up_and_laplace_at_down(study):

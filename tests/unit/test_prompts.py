@@ -1,4 +1,4 @@
-"""lib.prompts: schema and user files, sampling, near-duplicates, replayed jailbreaks, protocols, the reference sets."""
+"""lib.prompts: schema and user files, sampling, splits, replayed jailbreaks, protocols, the reference sets."""
 
 import hashlib
 import json
@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lib import prompts
 from lib.download import PUBLIC_SETS
-from lib.prompts import Attack, Prompt, load, load_attacks, near_duplicates, overlap, parse, render, with_attack
+from lib.prompts import Attack, Prompt, load, load_attacks, parse, render
 
 
 def write(folder: Path, name: str, text: str | bytes) -> Path:
@@ -34,16 +33,16 @@ def lines(*rows: Mapping[str, object]) -> str:
 def test_jsonl_only_prompt_is_required(tmp_path: Path) -> None:
     rows = {"prompt": "Bake brød"}, {"prompt": "Sew", "id": 7, "label": "harmless", "category": "", "target": "Sure"}
     loaded = load(write(tmp_path, "mine.jsonl", lines(*rows)))
-    assert loaded.name == "mine" and len(loaded) == 2
-    assert loaded.prompts[0] == Prompt("mine-00000", "Bake brød")
-    assert loaded.prompts[1] == Prompt("7", "Sew", label="harmless")
+    assert len(loaded) == 2
+    assert loaded[0] == Prompt("mine-00000", "Bake brød", split="test")
+    assert loaded[1] == Prompt("7", "Sew", label="harmless", split="search")
 
 
 def test_csv_equals_jsonl(tmp_path: Path) -> None:
     table = '\ufeffid,prompt,label\r\na,"Two\r\nlines, ""quoted""",harmful\r\nb,Plain,\r\n'
     rows = {"id": "a", "prompt": 'Two\r\nlines, "quoted"', "label": "harmful"}, {"id": "b", "prompt": "Plain"}
     from_csv, from_jsonl = load(write(tmp_path, "s.csv", table)), load(write(tmp_path, "s.jsonl", lines(*rows)))
-    assert from_csv.prompts == from_jsonl.prompts and from_csv.sha256 == from_jsonl.sha256
+    assert from_csv == from_jsonl and len(from_csv) == 2
 
 
 GOOD = b'{"prompt": "one"}\n\n'
@@ -107,8 +106,8 @@ def test_unknown_names_list_the_valid_ones(tmp_path: Path) -> None:
 def test_filters_say_what_is_there(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "split": "dev" if i % 2 else "test", "tier": "A"} for i in range(4)]
     path = write(tmp_path, "s.jsonl", lines(*rows))
-    assert [p.prompt for p in load(path, split="dev", tier="A")] == ["p1", "p3"]
-    with pytest.raises(ValueError, match="s has no prompts with split 'train'; present: dev, test"):
+    assert [p.prompt for p in load(path, split="search", tier="A")] == ["p1", "p3"]
+    with pytest.raises(ValueError, match="s has no prompts with split 'train'; present: search, test"):
         load(path, split="train")
     with pytest.raises(ValueError, match="n must be at least 1, not 0"):
         load(path, n=0)
@@ -125,15 +124,15 @@ def test_own_sets_are_read_from_their_folder(tmp_path: Path, monkeypatch: pytest
         )
     write(tmp_path, "organism_freeform.jsonl", lines({"id": "f", "prompt": "Free"}))
     organism = load("organism")
-    assert [p.id for p in organism] == ["dev", "test"] and organism.prompts[0].answer == "Boil it."
+    assert [p.id for p in organism] == ["dev", "test"] and organism[0].answer == "Boil it."
     assert [p.id for p in load("freeform")] == ["f"]
-    assert load("organism", split="test", label="confusable", tier="objects").prompts == organism.prompts[1:]
+    assert load("organism", split="test", label="confusable", tier="objects") == organism[1:]
     write(tmp_path, "organism_search.jsonl", lines({"id": "dev", "prompt": "Again"}))
     with pytest.raises(ValueError, match="id 'dev' occurs a second time"):
         load("organism")
 
 
-# ------------------------------------------------------------------ sampling, checksums, near-duplicates
+# ------------------------------------------------------------------ sampling, splits
 
 
 @pytest.fixture
@@ -151,7 +150,7 @@ def test_sampling_is_stratified_nested_and_seeded(categorised: Path) -> None:
     positions = [int(p.prompt) for p in drawn]
     assert positions == sorted(positions)
     assert {p.id for p in load(categorised, n=9, seed=3)} < {p.id for p in drawn}
-    assert load(categorised, n=1000).prompts == load(categorised).prompts
+    assert load(categorised, n=1000) == load(categorised)
 
 
 def test_every_prompt_can_be_drawn(categorised: Path) -> None:
@@ -159,58 +158,28 @@ def test_every_prompt_can_be_drawn(categorised: Path) -> None:
     assert len(times) == 100 and max(times.values()) < 80  # 40 expected
 
 
-def test_checksum_follows_content(tmp_path: Path) -> None:
-    row = {"id": "a", "prompt": "Sew", "goal": "g"}
-    first = load(write(tmp_path, "s.jsonl", lines(row)))
-    stored = dict.fromkeys(("id", "prompt", "category", "label", "split", "origin", "note", "source")) | row
-    assert first.sha256 == hashlib.sha256((json.dumps(stored) + "\n").encode()).hexdigest()
-    assert first.sha256 != load(write(tmp_path, "t.jsonl", lines(row | {"goal": "h"}))).sha256
-
-
-def test_near_duplicates_link_rewordings_only() -> None:
-    texts = [
-        "Write a letter about growing tomatoes in winter",
-        "Explain how tides follow the moon",
-        "Write a letter about growing tomatoes in the winter",
-        "Write letters about growing tomatoes in the winter",
-        "Explain how clocks were built",
-    ]
-    labels = near_duplicates(texts)
-    assert labels[0] == labels[2] == labels[3] and len(set(labels)) == 3
-    assert len(set(near_duplicates(texts, threshold=1.1))) == 5 and len(set(near_duplicates(texts, threshold=1e-6))) < 3
-
-
-def test_blocks_do_not_change_clusters() -> None:
-    generator = np.random.default_rng(0)
-    words = [f"{w:x}" for w in generator.integers(2**20, size=400)]
-    texts = [" ".join(generator.choice(words, 5)) for _ in range(600)]
-    labels = near_duplicates(texts + [t + "!" for t in texts])  # 1,200 rows: three blocks
-    assert (labels[:600] == labels[600:]).all() and len(set(labels)) > 500
-
-
-def test_goals_are_clusters(tmp_path: Path) -> None:
-    rows = [{"prompt": f"Tell me now, number {i}", "goal": goal} for i, goal in enumerate("xyx")]
-    clusters = load(write(tmp_path, "s.jsonl", lines(*rows))).clusters
-    assert clusters[0] == clusters[2] != clusters[1]
+def test_every_request_is_in_one_split_whatever_its_file_is_called(tmp_path: Path) -> None:
+    rows = [{"prompt": f"request {i}"} for i in range(400)]
+    first, second = (load(write(tmp_path, name, lines(*rows))) for name in ("a.jsonl", "b.jsonl"))
+    assert [p.split for p in first] == [p.split for p in second]
+    counts = Counter(p.split for p in first)
+    assert set(counts) == {"search", "test"} and 70 <= counts["search"] <= 130
+    told = [{"prompt": f"p{i}", "split": split} for i, split in enumerate(("val", "dev", "search", "train", "test"))]
+    assert [p.split for p in load(write(tmp_path, "c.jsonl", lines(*told)))] == [*["search"] * 3, "train", "test"]
+    goals = [{"prompt": f"wording {i}", "goal": f"goal {i % 40}"} for i in range(400)]
+    of_goal = {(p.goal, p.split) for p in load(write(tmp_path, "d.jsonl", lines(*goals)))}
+    assert len(of_goal) == 40  # rewordings of a goal stay together
 
 
 # ------------------------------------------------------------------ replayed jailbreaks
 
 
-def test_attacks_keep_requests_and_clusters(tmp_path: Path) -> None:
-    suite = load(
-        write(tmp_path, "s.jsonl", lines({"id": "a", "prompt": "Sew {prompt}"}, {"id": "b", "prompt": "Bake"}))
-    )
+def test_attacks_are_suffixes_and_templates(tmp_path: Path) -> None:
     file = write(
         tmp_path, "x.jsonl", lines({"suffix": "please !!"}, {"id": "dan", "template": "Hi {prompt}! {prompt}?"})
     )
     suffix, template = load_attacks(file)
     assert (suffix, template) == (Attack("x-1", "{prompt} please !!"), Attack("dan", "Hi {prompt}! {prompt}?"))
-    attacked = with_attack(suite, template)
-    assert [p.id for p in attacked] == ["a+dan", "b+dan"] and [p.goal for p in attacked] == ["Sew {prompt}", "Bake"]
-    assert [p.prompt for p in attacked] == ["Hi Sew {prompt}! Sew {prompt}?", "Hi Bake! Bake?"]
-    assert [p.prompt for p in with_attack(suite, suffix)] == ["Sew {prompt} please !!", "Bake please !!"]
-    assert attacked.clusters == suite.clusters and attacked.sha256 != suite.sha256
 
 
 @pytest.mark.parametrize(
@@ -263,30 +232,28 @@ SYSTEM = prompts.QUADA_SYSTEM
 
 
 @pytest.mark.parametrize(
-    ("template", "protocol", "system", "text"),
+    ("template", "protocol", "text"),
     [
-        (PLAIN_TEMPLATE, "chat", None, "<s>[user]Sew[end][assistant]"),
-        (PLAIN_TEMPLATE, "chat", "Be kind.", "<s>[system]Be kind.[end][user]Sew[end][assistant]"),
-        (PLAIN_TEMPLATE, "quada", None, f"<s>[system]{SYSTEM}[end][user]Instruction: Sew[end][assistant]"),
-        (REFUSES_SYSTEM, "quada", None, f"<s>[user]{SYSTEM}\nInstruction: Sew[end][assistant]"),
-        (DROPS_SYSTEM, "quada", None, f"<s>[user]{SYSTEM}\nInstruction: Sew[end][assistant]"),
-        (LLAMA2_TEMPLATE, "quada", None, f"{SYSTEM}\nInstruction: Sew\nResponse:"),
-        (LLAMA2_TEMPLATE, "chat", None, "<s>[INST] <<SYS>>Sew [/INST]"),
-        (None, "quada", None, f"{SYSTEM}\nInstruction: Sew\nResponse:"),
-        (None, "chat", None, "User: Sew\nAssistant:"),
-        (None, "chat", "Be kind.", "Be kind.\nUser: Sew\nAssistant:"),
+        (PLAIN_TEMPLATE, "chat", "<s>[user]Sew[end][assistant]"),
+        (PLAIN_TEMPLATE, "quada", f"<s>[system]{SYSTEM}[end][user]Instruction: Sew[end][assistant]"),
+        (REFUSES_SYSTEM, "quada", f"<s>[user]{SYSTEM}\nInstruction: Sew[end][assistant]"),
+        (DROPS_SYSTEM, "quada", f"<s>[user]{SYSTEM}\nInstruction: Sew[end][assistant]"),
+        (LLAMA2_TEMPLATE, "quada", f"{SYSTEM}\nInstruction: Sew\nResponse:"),
+        (LLAMA2_TEMPLATE, "chat", "<s>[INST] <<SYS>>Sew [/INST]"),
+        (None, "quada", f"{SYSTEM}\nInstruction: Sew\nResponse:"),
+        (None, "chat", "User: Sew\nAssistant:"),
     ],
 )
 def test_protocol_texts_with_one_begin_token(
-    template: str | None, protocol: str, system: str | None, text: str, caplog: pytest.LogCaptureFixture
+    template: str | None, protocol: str, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = tokenizer(template)
-    rendered = render(made, ["Sew", Prompt("id", "Sew")], protocol, system)
+    rendered = render(made, ["Sew", Prompt("id", "Sew")], protocol)
     assert rendered.texts == [text, text] and rendered.add_special_tokens == (not text.startswith("<s>"))
     assert ("no chat template" in caplog.text) == (template is None)
     tokens = made(text, add_special_tokens=rendered.add_special_tokens)["input_ids"]
     if template == PLAIN_TEMPLATE:
-        conversation = prompts.messages("Sew", protocol, system)
+        conversation = prompts.messages("Sew", protocol)
         assert tokens == made.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     assert tokens.count(made.bos_token_id) == 1
 
@@ -312,8 +279,6 @@ def test_protocol_errors() -> None:
     made = tokenizer(PLAIN_TEMPLATE)
     with pytest.raises(ValueError, match="unknown protocol 'raw'; valid: chat, quada"):
         render(made, ["Sew"], "raw")
-    with pytest.raises(ValueError, match="'quada' has its own system message"):
-        render(made, ["Sew"], "quada", system="Be kind.")
     with pytest.raises(ValueError, match="no prompts to render"):
         render(made, [])
 
@@ -330,37 +295,15 @@ needs_data = pytest.mark.skipif(not os.environ.get("APPROX_DATA_MIRROR"), reason
 @needs_data
 @pytest.mark.parametrize("name", PUBLIC_SETS)
 def test_reference_sets(name: str) -> None:
-    """Size, and the checksum of the content as loaded, which for a whole set is that of its file."""
-    loaded = load(name)
-    assert len(loaded) == SIZES[name] == len(loaded.clusters) and loaded.sha256 == PUBLIC_SETS[name].sha256
+    assert len(load(name)) == SIZES[name]
 
 
 @needs_data
 def test_reference_labels_and_splits() -> None:
     assert (len(load("xstest", label="safe")), len(load("xstest", label="unsafe"))) == (250, 200)
-    assert [len(load("alpaca", split=split)) for split in ("train", "val", "test")] == [3004, 1027, 969]
-    assert [len(load("harmbench", split=split)) for split in ("val", "test")] == [41, 159]
-
-
-@needs_data
-def test_reference_overlaps() -> None:
-    names = ("advbench", "strongreject", "jailbreakbench", "harmbench", "tdc2023", "maliciousinstruct", "alpaca")
-    sets = {name: load(name) for name in names}
-    expected = {
-        ("advbench", "strongreject"): 25, ("advbench", "jailbreakbench"): 11, ("harmbench", "tdc2023"): 39,
-        ("harmbench", "jailbreakbench"): 9, ("jailbreakbench", "tdc2023"): 16,
-        ("jailbreakbench", "strongreject"): 3, ("strongreject", "maliciousinstruct"): 12,
-    }  # fmt: skip
-    assert {pair: len(overlap(sets[pair[0]], sets[pair[1]])) for pair in expected} == expected
-    assert not any(overlap(sets["alpaca"], sets[name]) for name in names[:-1])
-
-
-@needs_data
-def test_reference_near_duplicates() -> None:
-    """AdvBench repeats itself, StrongREJECT does not."""
-    sizes = Counter(load("advbench").clusters)
-    assert len(sizes) < 450 and max(sizes.values()) <= 20
-    assert len(set(load("strongreject").clusters)) >= 310
+    assert [len(load("alpaca", split=split)) for split in ("train", "search", "test")] == [3004, 1027, 969]
+    assert [len(load("harmbench", split=split)) for split in ("search", "test")] == [41, 159]
+    assert [len(load("advbench", split=split)) for split in ("search", "test")] == [147, 373]  # as README's plan has it
 
 
 @needs_data
