@@ -215,7 +215,7 @@ def signs(text: str, prompt: str) -> dict[str, float]:
         "content_run": sum(n for n in _runs(lowered, _FUNCTION) if n >= 6) / n_words if english else 0.0,
         "function_share": sum(map(_FUNCTION.__contains__, words)) / n_words if english else 1.0,
         "longest_clause": max(_runs(lowered)) if english else 0,
-        "bare": english and len(_runs(lowered)) == 1,
+        "one_clause": english and max(_runs(lowered)) == len(words),
         "misplaced": _misplaced(tokens, lowered) if english else 0,
         "borrowed_share": _borrowed(units, _UNIT.findall(request)) if not other_script and len(units) >= 3 else 0.0,
         "n_request": len(_UNIT.findall(request)),
@@ -236,7 +236,7 @@ def faults(s: dict[str, float], text: str, nll: float | None, nll_limit: float) 
     alone = s["overlap"] == 0
     rarest = 0.3 if s["n_plain"] >= 8 else 0.6
     permuted = s["n_words"] >= min(6, 0.8 * s["n_request"])  # long enough to be the request's words in another order
-    longest = (8 if alone else 15 if s["overlap"] == 1 else 30) if s["bare"] else (25 if alone else 45)
+    longest = (8 if alone else 15 if s["overlap"] == 1 else 30) if s["one_clause"] else (25 if alone else 45)
     found = {
         "empty": not re.search(r"\w", text),
         "unlikely": nll is not None and not nll <= nll_limit,  # NaN is unlikely too
