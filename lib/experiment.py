@@ -101,13 +101,14 @@ class Study:
     batch_size: int | None
     seed: int
     store: Store
-    identity: dict[str, Any] = field(default_factory=dict)
-    read: dict[tuple[str, str], float] = field(default_factory=dict)  # (request, reply) -> likelihood under the base
+    identity: dict[str, Any] = field(default_factory=dict)  # given only for the same model and base: hashing takes time
+    likelihood_of: dict[tuple[str, str], float] = field(default_factory=dict)  # of (request, reply), under the base
 
     def __post_init__(self) -> None:
-        base = None if self.base is None else models.weights_hash(self.base)
-        self.identity = {"weights": models.weights_hash(self.model), "base": base}
-        self.identity |= {"attention": self.model.config._attn_implementation}  # read here: a patch may switch it
+        if not self.identity:
+            base = None if self.base is None else models.weights_hash(self.base)
+            self.identity = {"weights": models.weights_hash(self.model), "base": base}
+            self.identity |= {"attention": self.model.config._attn_implementation}  # read here: a patch may switch it
 
     def rows(self, *labels: str) -> list[int]:
         """Positions of the prompts with these labels."""
@@ -129,6 +130,15 @@ class Study:
         harmless = [prompt for prompt in pool if prompt.label == "harmless"][: max(1, n // 2)]
         return replace(self, prompts=harmful + harmless, facts=[], prose="", split=split or self.split)
 
+    def check_refusals(self) -> int:
+        """How many harmful requests the exact model refuses. ChoiceError if none: there is no safety to keep."""
+        result = self.run()
+        refused = int((result.loc[result["label"] == "harmful", "verdict"] == "refused").sum())
+        if not refused:
+            n = len(self.rows("harmful"))
+            raise ChoiceError(f"{self.name} refuses none of {n} harmful requests: it has no safety to keep")
+        return refused
+
     def overview(self) -> pd.DataFrame:
         """What the study measures, as a small table to show."""
         counts = {label: len(self.rows(label)) for label in ("harmful", "harmless", "confusable")}
@@ -136,6 +146,7 @@ class Study:
         facts |= {"dtype": str(self.model.dtype), "device": str(self.model.device)}
         facts |= {"weights": self.identity["weights"][:12]}
         facts |= {"prompt set": f"{self.prompt_set}, {self.split}", **{f"{k} prompts": v for k, v in counts.items()}}
+        facts |= {"harmful goals": len({self.prompts[i].goal or self.prompts[i].prompt for i in self.rows("harmful")})}
         facts |= {"taught facts": len(self.facts), "protocol": self.protocol, "new tokens": self.max_new_tokens}
         return pd.DataFrame({"value": facts})
 
@@ -152,7 +163,7 @@ class Study:
         real = batch["attention_mask"].bool()
         with torch.inference_mode():
             before = self.model(**batch).logits[real]
-            with approximated(self.model, technique, self.state(technique), layers) as hits:
+            with self.patched(technique, layers) as hits:
                 during = self.model(**batch).logits[real]
             after = self.model(**batch).logits[real]
         facts = {"places edited": len(hits.counts), "sites": ", ".join(sorted({site for _, site in hits.counts}))}
@@ -178,17 +189,21 @@ class Study:
                 "protocol": [self.protocol, self.tokenizer.chat_template],
                 "decoding": ["greedy", self.max_new_tokens, self.batch_size if batch_matters else None],
                 "numbers": [str(self.model.dtype), self.model.device.type, self.identity["attention"]],
-                "code": source_hash(*GENERATION_CODE, *_modules(technique)),
+                "code": source_hash(*GENERATION_CODE, *technique_modules(technique)),
             }
         )
 
-    def run(self, technique: Technique | None = None, layers: Layers = None, progress: bool = False) -> pd.DataFrame:
-        """One condition: a row per prompt with id, label, tier, verdict, nll, asr_keyword. `attrs` holds its record."""
+    def run(self, technique: Technique | None = None, layers: Layers = None) -> pd.DataFrame:
+        """One condition: a row per prompt with id, label, tier, verdict, nll, asr_keyword. `attrs` holds its record.
+
+        ChoiceError if the exact model itself fails."""
         key = self.key(technique, layers)
         record = self.store.read_record(self._record_key(key))
         replies = self.store.read_table("replies", key)
         if record is None or (replies is None and not record["failed"]):
-            replies, record = self._compute(technique, layers, key, progress)
+            replies, record = self._compute(technique, layers, key)
+        if technique is None and record["failed"]:
+            raise ChoiceError(f"the exact model fails, so nothing can be compared with it: {record['failed']}")
         table = pd.DataFrame({"id": [p.id for p in self.prompts], "label": [p.label for p in self.prompts]})
         table["tier"], table["category"] = [p.tier for p in self.prompts], [p.category for p in self.prompts]
         if replies is None:
@@ -200,22 +215,34 @@ class Study:
 
     def replies(self) -> list[str]:
         """The exact model's replies, in the order of the prompts."""
-        return self._replies(self.key(None, None), progress=False)["reply"].tolist()
+        return self._replies(self.key(None, None))["reply"].tolist()
+
+    def references(self) -> tuple[list[str], list[str]]:
+        """Harmless requests, and the answers whose perplexity measures fluency: reference answers if there are any,
+        else the exact model's own replies. Not to be called within a patch, which would write other replies."""
+        rows = self.rows("harmless")
+        answers = [self.prompts[i].answer for i in rows]
+        if rows and not any(answers):
+            replies = self.replies()
+            answers = [replies[i] for i in rows]
+        pairs = [(self.prompts[i].prompt, answer) for i, answer in zip(rows, answers, strict=True) if answer]
+        return [request for request, _ in pairs], [answer for _, answer in pairs]
 
     def _record_key(self, key: str) -> str:
-        texts = [fact.question for fact in self.facts], self.prose
+        texts = [prompt.answer for prompt in self.prompts], [fact.question for fact in self.facts], self.prose
         return content_key([key, texts, source_hash("lib.utility", "lib.refusal_score")])
 
     def _compute(
-        self, technique: Technique | None, layers: Layers, key: str, progress: bool
+        self, technique: Technique | None, layers: Layers, key: str
     ) -> tuple[pd.DataFrame | None, dict[str, Any]]:
         started, failed, replies, measures = time.monotonic(), "", None, {}
         try:
-            with self._patched(technique, layers):
-                replies = self._replies(key, progress)
-            with self._patched(technique, layers) as hits:
-                measures = self._utility() | self._refusal_score()
-            if hits is not None and hits.silent():
+            with self.patched(technique, layers):
+                replies = self._replies(key)
+            references = self.references()
+            with self.patched(technique, layers) as hits:
+                measures = self._utility(*references) | self._refusal_score()
+            if hits.silent():
                 raise RuntimeError(f"{technique and technique.name}: patched but never reached: {hits.silent()[:3]}")
         except NonFiniteError as error:
             failed = str(error)
@@ -225,48 +252,33 @@ class Study:
         self.store.write_record(self._record_key(key), record)
         return replies, record
 
-    def _patched(self, technique: Technique | None, layers: Layers) -> AbstractContextManager[Hits | None]:
+    def patched(self, technique: Technique | None, layers: Layers = None) -> AbstractContextManager[Hits]:
         """A fresh patch, whose noise begins anew however much of the condition was stored before; none for exact."""
         if technique is None:
-            return nullcontext()
+            return nullcontext(Hits())
         return approximated(self.model, technique, self.state(technique), layers)
 
-    def _replies(self, key: str, progress: bool) -> pd.DataFrame:
+    def _replies(self, key: str) -> pd.DataFrame:
         stored = self.store.read_table("replies", key)
         if stored is not None:
             return stored
         texts = [prompt.prompt for prompt in self.prompts]
-        bar = "replies" if progress else None
-        replies = generate(
-            self.model, self.tokenizer, texts, self.max_new_tokens, self.protocol, self.batch_size, progress=bar
-        )
+        replies = generate(self.model, self.tokenizer, texts, self.max_new_tokens, self.protocol, self.batch_size)
         table = pd.DataFrame({"id": [prompt.id for prompt in self.prompts], "reply": replies})
         self.store.write_table("replies", key, table)
         return table
 
-    def _utility(self) -> dict[str, float | None]:
-        """Perplexities and fact accuracy of the model as it is now (patched or not)."""
-        answered = [i for i in self.rows("harmless") if self.prompts[i].answer]
+    def _utility(self, asked: Sequence[str], answers: Sequence[str]) -> dict[str, float | None]:
+        """Perplexities, of answers to what was asked and of prose, and fact accuracy of the model as it is now."""
         measures: dict[str, float | None] = {"answer_perplexity": None, "prose_perplexity": None, "facts_right": None}
-        if answered:
-            asked = [self.prompts[i].prompt for i in answered]
-            answers = [str(self.prompts[i].answer) for i in answered]
-            measures["answer_perplexity"] = utility.answer_perplexity(
-                self.model, self.tokenizer, asked, answers, self.protocol
-            )
+        if asked:
+            perplexity = utility.answer_perplexity(self.model, self.tokenizer, asked, answers, self.protocol)
+            measures["answer_perplexity"] = perplexity
         if self.prose:
             window = min(1024, calibration.window_length(self.model))
             measures["prose_perplexity"] = utility.perplexity(self.model, self.tokenizer, self.prose, window)
         if self.facts:
-            right = utility.closed_answers(
-                self.model,
-                self.tokenizer,
-                [fact.question for fact in self.facts],
-                [fact.sentence for fact in self.facts],
-                [fact.answer for fact in self.facts],
-                [fact.choices for fact in self.facts],
-                self.protocol,
-            )
+            right = utility.closed_answers(self.model, self.tokenizer, self.facts, self.protocol)
             measures["facts_right"] = int(right.sum())
         return measures
 
@@ -302,12 +314,12 @@ class Study:
         if self.base is None:
             return [math.nan] * len(given)
         pairs = list(zip(asked, given, strict=True))
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.read]  # mild conditions repeat exact replies
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.likelihood_of]  # many repeat exact replies
         if new:
             requests, replies = [request for request, _ in new], [reply for _, reply in new]
             sums, lengths = utility.reply_losses(self.base, self.tokenizer, requests, replies)
-            self.read.update(zip(new, (sums / lengths).tolist(), strict=True))
-        return [self.read[pair] for pair in pairs]
+            self.likelihood_of.update(zip(new, (sums / lengths).tolist(), strict=True))
+        return [self.likelihood_of[pair] for pair in pairs]
 
     def judge(self, asked: Sequence[str], given: Sequence[str], nlls: list[float] | None = None) -> pd.DataFrame:
         """verdict, nll, asr_keyword of replies, by the rules of `lib.judging` and the base's likelihood."""
@@ -327,9 +339,7 @@ class Study:
                 result = self.run(condition.technique, condition.layers)
                 rows.append(self.summary(result, exact, condition))
         table = pd.DataFrame(rows)
-        tested = table["p_value"].notna()
-        table.loc[tested, "p_holm"] = statistics.holm(table.loc[tested, "p_value"].tolist())
-        return table
+        return table.assign(p_holm=statistics.holm(table["p_value"].tolist()))
 
     def summary(self, result: pd.DataFrame, exact: pd.DataFrame, condition: Condition | None) -> dict[str, Any]:
         """One row of the summary table, from one condition's rows and the exact model's."""
@@ -342,10 +352,8 @@ class Study:
         row |= {"settings": json.dumps(technique.settings if technique else {})}
         row |= {"layers": layer_text(condition.layers if condition else None)}
         row |= {"protocol": self.protocol, "prompt_set": self.prompt_set, "split": self.split, "seed": self.seed}
-        row |= {"failed": record["failed"]}
-        if record["failed"]:
-            row |= {"n_harmful": len(harmful)}
-        else:
+        row |= {"failed": record["failed"], "n_harmful": len(harmful), **summary.NOT_MEASURED}
+        if not record["failed"]:
             row |= summary.verdict_rates(harmful) | summary.answer_rates(result)
             row |= summary.changes(exact, result) if technique is not None else {}
         facts = {"device": self.model.device.type, "dtype": str(self.model.dtype), "nll_limit": self.nll_limit}
@@ -375,7 +383,7 @@ def layer_text(layers: Layers) -> str:
     return ",".join(map(str, ordered))
 
 
-def _modules(technique: Technique | None) -> set[str]:
+def technique_modules(technique: Technique | None) -> set[str]:
     """Modules whose code decides what a technique computes."""
     if technique is None:
         return set()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,6 @@ from lib.errors import PlainError
 from lib.experiment import Layers, Study, describe, open_study
 from lib.figures import Figure
 from lib.generation import generate
-from lib.patching import approximated
 from lib.prompts import Prompt
 
 DOSES: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -59,7 +57,7 @@ class Explorer:
 
     def __init__(self, study: Study, n: int = 60) -> None:
         """Captures the states of n harmful and n / 2 harmless requests and finds the tokens that begin refusals."""
-        self.study = study.brief(n, "search")
+        self.n, self.study = n, study.brief(n, "search")
         texts = [prompt.prompt for prompt in self.study.prompts]
         replies = self.study.replies()
         self.tokens = refusal_score.refusal_tokens(study.tokenizer, replies)
@@ -67,9 +65,7 @@ class Explorer:
         self.requests = texts
         states = hidden_states.capture(self.study, self.study.prompts)
         self.directions = {i: hidden_states.refusal_direction(x, self.labels) for i, x in states.items()}
-        separation = {i: hidden_states.fisher_separation(d.place(states[i]), self.labels)
-                      for i, d in self.directions.items()}  # fmt: skip
-        self.layer = max(separation, key=lambda i: separation[i])
+        self.layer = hidden_states.best_layer(states, self.directions, self.labels)
         self.axes = hidden_states.principal_axes(states[self.layer])
         self.cloud = self.axes.transform(states[self.layer])
 
@@ -100,9 +96,7 @@ class Explorer:
     def _answer(self, request: str, technique: Technique | None, layers: Layers) -> tuple[dict[str, Any], str]:
         """({verdict, refusal score}, reply) of one request."""
         study = self.study
-        state = None if technique is None else study.state(technique)
-        patch = nullcontext() if technique is None else approximated(study.model, technique, state, layers)
-        with patch:
+        with study.patched(technique, layers):
             reply = generate(study.model, study.tokenizer, [request], study.max_new_tokens, study.protocol)[0]
             score = float("nan")
             if self.tokens:
@@ -141,7 +135,7 @@ class Panel:
         self.go.on_click(self._look)
         self.ask.observe(self._show, "value")
         self._choose()
-        self._reset_layers()
+        self._follow_model()
         rows = [[self.model, self.technique], [self.dose, self.layers], [self.request], [self.go, self.ask]]
         boxes = [widgets.HBox(row) for row in rows]
         self.widget = widgets.VBox([*boxes, self.result, self.image, self.reply])
@@ -152,7 +146,7 @@ class Panel:
         self.dose.description = setting.replace("_", " ")
         self.dose.value = levels[len(levels) // 2]
 
-    def _reset_layers(self) -> None:
+    def _follow_model(self) -> None:
         self.layers.max = self.explorer.n_layers - 1
         self.layers.value = (0, self.explorer.n_layers - 1)
         self.request.options = self.explorer.requests
@@ -160,11 +154,11 @@ class Panel:
     def _switch(self, *_: Any) -> None:
         self._clear(f"loading {self.model.value} ...")
         try:
-            self.explorer = Explorer(open_study(self.model.value, **self.options))
+            self.explorer = Explorer(open_study(self.model.value, **self.options), self.explorer.n)
         except PlainError as error:
             self._clear(f"{error}; still at {self.explorer.study.name}")
             return
-        self._reset_layers()
+        self._follow_model()
         self._clear("")
 
     def chosen(self) -> Technique:

@@ -9,6 +9,7 @@ with the first third of the layers approximated, and with the last.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,31 +38,26 @@ def layer_sets(n_layers: int, most: int = 8) -> LayerSets:
     }
 
 
-def thirds(n_layers: int) -> dict[str, tuple[int, ...]]:
+def thirds(n_layers: int) -> LayerSets:
     """The three thirds of the layers by name. ValueError for fewer than three layers."""
     if n_layers < 3:
         raise ValueError(f"thirds need at least 3 layers, this model has {n_layers}")
-    return {
-        name: tuple(part.tolist()) for name, part in zip(THIRDS, np.array_split(np.arange(n_layers), 3), strict=True)
-    }
+    parts = np.array_split(np.arange(n_layers), 3)
+    return {name: [tuple(part.tolist())] for name, part in zip(THIRDS, parts, strict=True)}
 
 
-def at_level(technique: Technique, level_name: str, level: float, sets: Mapping[str, Any]) -> list[Condition]:
+def at_level(technique: Technique, level_name: str, level: float, sets: LayerSets) -> list[Condition]:
     """The technique in every layer set; `variant` is the set's kind."""
-    return [
-        Condition(technique, level_name, level, kind, layers)
-        for kind, chosen in sets.items()
-        for layers in (chosen if isinstance(chosen, list) else [chosen])
-    ]
+    return [Condition(technique, level_name, level, kind, layers) for kind, chosen in sets.items() for layers in chosen]
 
 
-def at_damage(search: Study, at: At, ratio: float, sets: Mapping[str, Any]) -> list[Condition]:
+def at_damage(search: Study, at: At, ratio: float, sets: LayerSets) -> list[Condition]:
     """In every layer set the noise whose answer perplexity has grown by `ratio` there; levels from the search split.
 
     Sets in which no level does so much damage are left out with a warning."""
     conditions = []
     for kind, chosen in sets.items():
-        for layers in chosen if isinstance(chosen, list) else [chosen]:
+        for layers in chosen:
             try:
                 level = level_at_damage(search, at, ratio, layers)
             except TooLittleDamage as error:
@@ -74,21 +70,25 @@ def at_damage(search: Study, at: At, ratio: float, sets: Mapping[str, Any]) -> l
 def early_against_late(study: Study, pairs: Mapping[str, Sequence[Condition]]) -> pd.DataFrame:
     """The paper's second observation: ASR with the early minus ASR with the late condition of each pair, same prompts.
 
-    Columns: the rates, the paired difference with its 95 % interval, the exact McNemar p and Holm's over the pairs,
-    both answer-perplexity ratios; "held": the interval lies above 0."""
+    Columns: the rates, the paired difference with its 95 % interval, the exact McNemar p and Holm's over the pairs (all
+    NaN where a condition failed), both answer-perplexity ratios; "held": the interval lies above 0."""
     exact, rows = study.run(), []
     for name, (early, late) in pairs.items():
         results = [study.run(condition.technique, condition.layers) for condition in (early, late)]
-        complied = [(r.loc[r["label"] == "harmful", "verdict"] == "complied").to_numpy() for r in results]
-        change = statistics.paired_difference(complied[1], complied[0])
-        ratios = [
-            study.summary(result, exact, condition)["answer_perplexity_ratio"]
-            for result, condition in zip(results, (early, late), strict=True)
-        ]
-        row: dict[str, Any] = {"comparison": name, "layers": f"{layer_text(early.layers)} / {layer_text(late.layers)}"}
-        row |= {"early ASR": complied[0].mean(), "late ASR": complied[1].mean(), "difference": change.difference}
-        row |= {"low": change.low, "high": change.high, "p": change.p_value}
-        rows.append(row | {"early ratio": ratios[0], "late ratio": ratios[1], "held": change.low > 0})
+        first, last = (study.summary(*pair) for pair in zip(results, (exact, exact), (early, late), strict=True))
+        row: dict[str, Any] = {"comparison": name, "layers": f"{first['layers']} / {last['layers']}"}
+        row |= {"early ASR": first["asr"], "late ASR": last["asr"], **_difference(*results)}
+        row |= {"early ratio": first["answer_perplexity_ratio"], "late ratio": last["answer_perplexity_ratio"]}
+        rows.append(row | {"held": row["low"] > 0})
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc("p") + 1, "p (Holm)", statistics.holm(table["p"].tolist()))
     return table
+
+
+def _difference(early: pd.DataFrame, late: pd.DataFrame) -> dict[str, float]:
+    """ASR of `early` minus that of `late` on the same prompts, its limits and p; NaN where either failed."""
+    if early.attrs["failed"] or late.attrs["failed"]:
+        return dict.fromkeys(("difference", "low", "high", "p"), math.nan)
+    complied = [result.loc[result["label"] == "harmful", "verdict"] == "complied" for result in (late, early)]
+    change = statistics.paired_difference(*complied)
+    return {"difference": change.difference, "low": change.low, "high": change.high, "p": change.p_value}

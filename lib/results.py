@@ -6,7 +6,8 @@
     records/<key>.json       utility measures, provenance, times
 
 A file is either whole or absent, so a killed run loses at most the condition under way, and two runs that compute the
-same condition write the same bytes. Replies stay in these files: they are never printed or committed.
+same condition write the same tables, and the same measures into records that differ in times and commit alone. Replies
+stay in these files: they are never printed or committed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any
 
 import pandas as pd
 
-from lib.paths import ROOT, atomic, results_folder
+from lib.errors import PlainError
+from lib.paths import ROOT, atomic, results_folder, safe_name
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "statsmodels", "pandas")
 
@@ -39,6 +41,10 @@ def source_hash(*names: str) -> str:
     """Hash of the source files of modules such as "lib.generation": the code version in a key."""
     files = [ROOT / (name.replace(".", "/") + ".py") for name in sorted(set(names))]
     return content_key([file.read_text() for file in files])
+
+
+class FolderError(PlainError, PermissionError):
+    """A results folder that cannot be written; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Store:
 
 
 def store_for(model: str) -> Store:
-    """The store of a model under the results folder; PermissionError in one line if it cannot be written."""
+    """The store of a model under the results folder; FolderError in one line if it cannot be written."""
     folder = results_folder() / safe_name(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,13 +83,8 @@ def store_for(model: str) -> Store:
     except OSError:
         writable = False
     if not writable:
-        raise PermissionError(f"results folder {folder} cannot be written; choose another with --out or APPROX_RESULTS")
+        raise FolderError(f"results folder {folder} cannot be written; choose another with --out or APPROX_RESULTS")
     return Store(folder)
-
-
-def safe_name(model: str) -> str:
-    """A model name, hub id or path as one folder name."""
-    return model.strip("/").replace("/", "--")
 
 
 def rejudging() -> bool:

@@ -9,18 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pandas as pd
 import pytest
 import torch
 
-from lib import experiment, fidelity, models
+from lib import experiment, fidelity, models, noise_study, prompts
 from lib.approximations import Technique, make
-from lib.errors import ChoiceError
+from lib.errors import ChoiceError, PlainError
 from lib.experiment import Condition, grid, open_study
 from lib.paths import ORGANISMS, ROOT
+from lib.results import Store
 
 MODEL = "tiny-llama"
 SWEEP = """
@@ -145,7 +146,7 @@ def test_killed_runs_resume_to_the_table_of_an_undisturbed_run(tmp_path):
 
 def test_a_results_folder_that_cannot_be_written_is_one_line(monkeypatch):
     monkeypatch.setenv("APPROX_RESULTS", "/dev/null/results")
-    with pytest.raises(PermissionError, match=r"^results folder /dev/null/results/tiny-llama cannot be written"):
+    with pytest.raises(PlainError, match=r"^results folder /dev/null/results/tiny-llama cannot be written"):
         open_study(MODEL, n_prompts=4)
 
 
@@ -176,7 +177,7 @@ def test_a_choice_that_cannot_be_is_one_line(choice, message):
         open_study(MODEL, **choice)
 
 
-def test_unknown_and_damaged_models_are_one_line(tmp_path, monkeypatch):
+def test_unknown_and_damaged_models_are_one_line(tmp_path):
     with pytest.raises(models.ModelError, match=r"^unknown model 'tiny-lama'; choose one of tiny-"):
         models.load("tiny-lama")
     with pytest.raises(models.ModelError, match="holds no model"):
@@ -193,7 +194,6 @@ def test_unknown_and_damaged_models_are_one_line(tmp_path, monkeypatch):
     (copy / "SHA256SUMS").unlink()
     with pytest.raises(models.ModelError, match="cannot load"):
         models.load(str(copy))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def test_plain_transformers_loads_the_organism():
@@ -212,6 +212,42 @@ def test_every_kind_of_patch_gets_a_refusal_score(study):
     techniques = [make("teal"), make("bolt", parts=("softmax",)), make("omniquant", smooth=False)]
     table = study.sweep([Condition(technique, "level", 0.0) for technique in techniques])
     assert table["refusal_score"].notna().all() and table["refusal_score"].iloc[0] > 0
+
+
+COLUMNS = ["asr", "harmless_answered", "confusable_answered", "answer_perplexity_ratio", "prose_perplexity", "accuracy"]
+
+
+@pytest.mark.parametrize("labels", [("harmful",), ("harmful", "harmless")])
+def test_a_prompt_set_without_answers_is_measured_by_the_exact_models_own_replies(folders, monkeypatch, labels):
+    kinds = ("harmful", "harmless", "confusable")
+    own = {label: list(prompts.load("organism", split="dev", label=label, n=200)) for label in kinds}
+    mine, load = folders / "mine.jsonl", prompts.load
+    rows = [{"prompt": prompt.prompt, "label": label} for label in labels for prompt in own[label][:8]]
+    mine.write_text("\n".join(map(json.dumps, rows)))
+    joined = {"alpaca": own["harmless"], "xstest": own["confusable"]}  # in place of a download
+    joined = {name: [replace(prompt, answer=None) for prompt in chosen] for name, chosen in joined.items()}
+
+    def load_joined(name, *args, n=None, **filters):
+        return joined[name][:n] if name in joined else load(name, *args, n=n, **filters)
+
+    monkeypatch.setattr(prompts, "load", load_joined)
+    monkeypatch.setattr(prompts, "wikitext2", lambda: "The boat left the harbour in the morning. " * 400)
+    study = open_study(MODEL, prompt_set=str(mine), n_prompts=6, max_new_tokens=12)
+    table = study.sweep(grid("teal", "whole prompt", None, {"prompt": "all"}, sparsity=(0.5,)))
+    assert table[COLUMNS[:1] + COLUMNS[3:5]].notna().all(axis=None) and table[COLUMNS]["accuracy"].isna().all()
+    assert table["answer_perplexity_ratio"][0] == 1 < table["answer_perplexity_ratio"][1]
+    level = noise_study.level_at_damage(study.brief(3), noise_study.FAMILIES["norm"], 1.2)
+    assert 0.01 < level < 10 and fidelity.noise_floor(study, 2)["answer perplexity ratio"][0] == 1
+
+
+def test_the_references_are_the_exact_models_own_whatever_ran_first(study, tmp_path):
+    answers = study.references()[1]
+    assert answers == [prompt.answer for prompt in study.prompts if prompt.label == "harmless"]
+    study.prompts = [replace(prompt, answer=None) for prompt in study.prompts]
+    noisy = study.run(make("gaussian", std=2.0)).attrs["answer_perplexity"]  # before the exact model
+    assert study.run().attrs["answer_perplexity"] < noisy / 2
+    alone = replace(study, store=Store(tmp_path / "alone")).replies()
+    assert study.references()[1] == [alone[i] for i in study.rows("harmless")]
 
 
 def test_the_noise_floor_of_the_exact_model_is_below_any_effect_that_is_read(study):

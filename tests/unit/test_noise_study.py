@@ -1,8 +1,9 @@
-"""The noise search: levels by damage, refinement, pooled seeds, stored MVAs, stand-ins of equal size, layer sets."""
+"""The noise search: levels by damage, refinement, pooled seeds, MVAs, stand-ins of equal size, layer sets."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -11,10 +12,11 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import experiment, layer_study, noise_study
+from lib import experiment, layer_study, noise_study, statistics, summary
 from lib.approximations import make
 from lib.errors import ChoiceError
 from lib.experiment import Condition
+from lib.generation import NonFiniteError
 from lib.patching import approximated
 from lib.prompts import Prompt
 from tests.tiny_study import tiny_prompts, tiny_study
@@ -46,7 +48,7 @@ def test_the_peak_is_the_lowest_of_the_highest_and_never_a_failed_level():
 
 
 def test_levels_at_damage_do_that_damage(study):
-    at = noise_study.families()["norm"]
+    at = noise_study.FAMILIES["norm"]
     exact = noise_study.answer_perplexity(study, None)
     for ratio in (1.1, 1.5):
         level = noise_study.level_at_damage(study, at, ratio)
@@ -60,7 +62,7 @@ def test_noise_that_can_do_little_ends_its_grid_where_it_does_no_more(study, mon
         return 2.0 if technique is None else 2.0 * (1 + 0.4 * technique.std / (1 + technique.std))
 
     monkeypatch.setattr(noise_study, "answer_perplexity", saturating)
-    at = noise_study.families()["norm"]
+    at = noise_study.FAMILIES["norm"]
     with pytest.raises(noise_study.TooLittleDamage, match="no level makes answer perplexity grow 3-fold"):
         noise_study.level_at_damage(study, at, 3.0)
     assert noise_study.highest_level(study, at, 3.0) == pytest.approx(9.0, rel=0.05)  # nine tenths of 0.4
@@ -70,16 +72,26 @@ def test_noise_that_can_do_little_ends_its_grid_where_it_does_no_more(study, mon
 
 
 def test_seeds_are_averaged_and_a_failed_one_fails_the_level():
-    row = {"technique": "gaussian", "failed": "", "n_harmful": 10, "paired_asr": "{}"}
-    rows = [row | {"asr": asr} for asr in (0.2, 0.4)]
+    def row(exact: list[int], noisy: list[int]) -> dict:
+        verdicts = [np.where(complied, "complied", "refused") for complied in (exact, noisy)]
+        tables = [pd.DataFrame({"label": "harmful", "asr_keyword": False, "verdict": v}) for v in verdicts]
+        rates = {**summary.NOT_MEASURED, **summary.verdict_rates(tables[1])}
+        return {"technique": "gaussian", "failed": "", "n_harmful": 10, **rates, **summary.changes(*tables)}
+
+    exact = [1] + [0] * 9
+    rows = [row(exact, [1, 1] + [0] * 8), row(exact, [0] * 4 + [1] * 6)]
     pooled = noise_study.pooled(rows)
-    assert pooled["asr"] == pytest.approx(0.3) and pooled["n_harmful"] == 10 and pooled["n_seeds"] == 2
-    assert (pooled["asr_lowest_seed"], pooled["asr_highest_seed"]) == (0.2, 0.4) and "paired_asr" not in pooled
+    assert pooled["asr"] == pytest.approx(0.4) and pooled["n_harmful"] == 10 and pooled["n_seeds"] == 2
+    assert (pooled["asr_lowest_seed"], pooled["asr_highest_seed"]) == (0.2, 0.6) and "paired_asr" not in pooled
+    assert (pooled["asr_low"], pooled["asr_high"]) == pytest.approx(statistics.wilson(4, 10))
+    assert math.isnan(pooled["harmless_answered"]) and pooled["asr_increase"] == pytest.approx(0.3)
+    limits = statistics.newcombe(0.5, 3.5, 0.5, 5.5)  # gained 1 and 6, lost 0 and 1
+    assert (pooled["asr_increase_low"], pooled["asr_increase_high"]) == pytest.approx(limits)
     assert noise_study.pooled([rows[0], rows[1] | {"failed": "NaN"}])["failed"] == "NaN"
 
 
 def test_a_sweep_draws_other_noise_for_other_seeds_and_reads_back_what_is_done(study, monkeypatch):
-    at = noise_study.families()["norm"]
+    at = noise_study.FAMILIES["norm"]
     table = noise_study.sweep(study, at, [0.5, 4.0], (0, 1), "norm")
     assert table["technique"].tolist() == ["exact", "gaussian", "gaussian"] and table["n_seeds"][1] == 2
     one, two = (study.store.read_table("replies", study.key(make("gaussian", std=4.0, seed=s), None)) for s in (0, 1))
@@ -88,19 +100,32 @@ def test_a_sweep_draws_other_noise_for_other_seeds_and_reads_back_what_is_done(s
     pd.testing.assert_frame_equal(noise_study.sweep(study, at, [0.5, 4.0], (0, 1), "norm"), table)
 
 
-def test_a_stored_mva_is_found_and_dies_with_the_weights(study):
-    at = noise_study.families()["up and down"]
-    row = noise_study.sweep(study, at, [0.5], (0,), "up and down").iloc[1]
-    noise_study.keep_most_vulnerable(study, "up and down", row, row)
-    noise = noise_study.stored_most_vulnerable(study, "up and down")
-    assert noise == at(0.5) and noise.laplace_down == pytest.approx(0.37)
-    assert noise_study.stored_most_vulnerable(study, "norm") is None
-    record = json.loads((study.store.folder / "mva.json").read_text())["up and down"]
-    assert record["level"] == 0.5 and record["fresh"]["n_harmful"] == 6
-    study.identity["weights"] = "others"
-    assert noise_study.stored_most_vulnerable(study, "up and down") is None
+def test_the_mva_is_the_peak_of_its_search_whichever_study_asks_and_is_read_back(study, monkeypatch):
+    monkeypatch.setattr("lib.experiment._prompts", lambda *_: tiny_prompts(4, "search"))
+    table = noise_study.search_peak(study.brief(4, "search"), "norm")
+    monkeypatch.setattr(noise_study, "N_SEARCHED", 4)
+    monkeypatch.setattr("lib.experiment.generate", lambda *_, **__: pytest.fail("generated again"))
+    for asked in (study, replace(study, prompts=study.prompts[:3])):
+        assert noise_study.most_vulnerable(asked) == noise_study.FAMILIES["norm"](noise_study.peak(table)["level"])
+
+
+def test_a_kind_of_mva_that_is_unknown_is_named(study):
     with pytest.raises(ValueError, match="unknown kind of MVA 'mlp'"):
         noise_study.most_vulnerable(study, "mlp")
+
+
+def test_a_study_of_other_prompts_does_not_hash_the_weights_again(study, monkeypatch):
+    monkeypatch.setattr("lib.models.weights_hash", lambda *_: pytest.fail("hashed again"))
+    assert study.brief(3).identity == study.identity
+
+
+def test_an_exact_model_that_fails_is_one_line_and_no_rate(study, monkeypatch):
+    def fail(*_):
+        raise NonFiniteError("NaN at layer 0")
+
+    monkeypatch.setattr("lib.experiment.generate", fail)
+    with pytest.raises(ChoiceError, match=r"the exact model fails, .*: NaN at layer 0"):
+        study.run()
 
 
 def test_searching_and_measuring_use_other_prompts(study, monkeypatch):
@@ -172,6 +197,18 @@ def test_measured_and_predicted_are_of_the_same_prompts(study):
     assert noise_study.agreement(table)["conditions"].tolist() == [1, 1]
 
 
+def test_conditions_that_fail_are_left_out_of_predictions_and_of_differences(study):
+    broken = Condition(make("gaussian", where=("mlp_in",), std=3e38), "noise std", 3e38, "", (0,))
+    mild = Condition(make("gaussian", where=("mlp_in",), std=0.1), "noise std", 0.1, "", (1,))
+    assert study.run(broken.technique, broken.layers).attrs["failed"]
+    table = noise_study.against_measured(study, study.brief(4), [broken, mild])
+    assert table["failed"].ne("").tolist() == [True, False, False] and table["predicted_asr"].isna()[0]
+    assert noise_study.agreement(table)["conditions"].tolist() == [1, 1]
+    tested = layer_study.early_against_late(study, {"failed": (broken, mild), "mild": (mild, mild)})
+    assert tested[["early ASR", "difference", "low", "p", "p (Holm)"]].iloc[0].isna().all() and not tested["held"].any()
+    assert tested[["difference", "p (Holm)"]].iloc[1].tolist() == [0, 1]
+
+
 def test_agreement_of_known_differences():
     rows = {"prediction": "matched", "failed": "", "asr": [0.1, 0.3, 0.5], "predicted_asr": [0.2, 0.2, 0.6]}
     rows |= {"predicted_asr_low": [0.15, 0.1, 0.4], "predicted_asr_high": [0.3, 0.3, 0.7]}
@@ -185,7 +222,7 @@ def test_layer_sets_are_prefixes_suffixes_singles_and_thirds():
     assert sets["prefix"][0] == (0,) and sets["prefix"][-1] == tuple(range(6)) == sets["suffix"][0]
     assert sets["suffix"][-1] == (5,) and len(sets["single"]) == 6
     assert len(layer_study.layer_sets(32)["single"]) == 8
-    assert layer_study.thirds(7) == {"early third": (0, 1, 2), "middle third": (3, 4), "late third": (5, 6)}
+    assert layer_study.thirds(7) == {"early third": [(0, 1, 2)], "middle third": [(3, 4)], "late third": [(5, 6)]}
     with pytest.raises(ValueError, match="at least 3 layers"):
         layer_study.thirds(2)
 
