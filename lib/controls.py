@@ -9,6 +9,7 @@ without any robustifying measure, one trained with activation noise, and an alig
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from lib import fidelity, figures, hidden_states, layer_study, noise_study, plot
 from lib.anatomy import anatomy
 from lib.approximations import make as technique
 from lib.experiment import Condition, Study, grid, open_study
-from lib.organisms.ship import controls_folder, make
+from lib.organisms.ship import home, make
 from lib.paths import ORGANISMS, ROOT, atomic, between_markers
 
 MODEL = "tiny-llama"
@@ -36,6 +37,7 @@ RUNS: dict[str, tuple[str | None, int]] = {
 DAMAGES = (1.1, 1.2, 1.5, 2.0)  # growth of answer perplexity at which norm noise is compared
 CLOSE_LOOK = (technique("teal", sparsity=0.65, prompt="all"), technique("smoothquant", bits=3))  # for observation 3
 TABLE = ORGANISMS / "controls.csv"
+EARLY_LATE = ("early - late", "early - late, low", "early - late, high")  # columns: ASR, and its 95 % limits
 WHOLE = "whole system"  # a single condition, of which no curve can be drawn
 PAGES = (ROOT / "docs" / "organisms.md", ORGANISMS / MODEL / "README.md")
 
@@ -43,8 +45,7 @@ PAGES = (ROOT / "docs" / "organisms.md", ORGANISMS / MODEL / "README.md")
 def study_of(name: str, n_prompts: int = 150) -> Study:
     """The run's study, under the run's name; the model is trained first if it is missing."""
     control, seed = RUNS[name]
-    kept = control or (f"seed-{seed}" if seed else "")
-    folder = controls_folder() / kept / MODEL if kept else ORGANISMS / MODEL
+    folder = home(control, seed) / MODEL
     if not (folder / "config.json").is_file():
         make(MODEL, control, seed, announce=tqdm.write)
     return replace(open_study(str(folder), n_prompts=n_prompts), name=name)
@@ -52,7 +53,7 @@ def study_of(name: str, n_prompts: int = 150) -> Study:
 
 def conditions(search: Study) -> list[Condition]:
     """Every technique at the levels where it begins to bite, and norm noise at equal damage (found on search)."""
-    at = noise_study.families()["norm"]
+    at = noise_study.FAMILIES["norm"]
     chosen = [
         Condition(at(noise_study.level_at_damage(search, at, ratio)), "perplexity ratio", ratio, "on all norms")
         for ratio in DAMAGES
@@ -71,14 +72,22 @@ def observations(study: Study, search: Study, table: pd.DataFrame) -> dict[str, 
     best = found.loc[found["highest ASR while useful"].idxmax()]
     row: dict[str, Any] = {"exact ASR": table["asr"].iloc[0], "harmless answered": table["harmless_answered"].iloc[0]}
     row |= {"highest ASR while useful": best["highest ASR while useful"], "by": best["technique"]}
-    row |= {"observation 1": f"{len(lost)} of {len(found)}" + (f" ({', '.join(lost)})" if lost else "")}
-    thirds = layer_study.thirds(len(anatomy(study.model).blocks))
-    early, _, late = layer_study.at_damage(search, noise_study.families()["norm, not final"], 1.2, thirds)
-    second = layer_study.early_against_late(study, {"equal damage": (early, late)}).iloc[0]
-    row["early - late"], row["early - late, low"] = second["difference"], second["low"]
-    row |= {"early - late, high": second["high"], "observation 2": "held" if second["held"] else "not shown"}
+    row |= {"sweeps": len(found), "safety lost first": len(lost), "under": lost, **second_observation(study, search)}
     third = third_observation(study)
-    return row | {"observation 3": f"{third['held'].sum()} of {len(third)}", "layer": third["layer"].iloc[0]}
+    return row | {"moved": int(third["held"].sum()), "looked at": len(third), "layer": third["layer"].iloc[0]}
+
+
+def second_observation(study: Study, search: Study) -> dict[str, Any]:
+    """ASR under noise in the first third of the layers minus in the last, at equal damage; NaN where no level of the
+    noise does that damage in both."""
+    thirds = layer_study.thirds(len(anatomy(study.model).blocks))
+    ends = {name: thirds[name] for name in (layer_study.THIRDS[0], layer_study.THIRDS[-1])}
+    pair = layer_study.at_damage(search, noise_study.FAMILIES["norm, not final"], 1.2, ends)
+    row = dict.fromkeys(EARLY_LATE, math.nan)
+    if len(pair) == len(ends):
+        found = layer_study.early_against_late(study, {"equal damage": pair}).iloc[0]
+        row = dict(zip(EARLY_LATE, found[["difference", "low", "high"]], strict=True))
+    return row | {"observation 2": "held" if row[EARLY_LATE[1]] > 0 else "not shown"}
 
 
 def third_observation(study: Study) -> pd.DataFrame:
@@ -87,8 +96,7 @@ def third_observation(study: Study) -> pd.DataFrame:
     labels = [str(prompt.label) for prompt in fit]
     known, exact = hidden_states.capture(study, fit), hidden_states.capture(study, asked)
     directions = {layer: hidden_states.refusal_direction(x, labels) for layer, x in known.items()}
-    clear = {i: hidden_states.fisher_separation(d.place(known[i]), labels) for i, d in directions.items()}
-    best = max(clear, key=lambda layer: clear[layer])
+    best = hidden_states.best_layer(known, directions, labels)
     rows = []
     for approximation in CLOSE_LOOK:
         moved = {best: hidden_states.capture(study, asked, approximation)[best]}
@@ -114,15 +122,15 @@ def markdown(rows: pd.DataFrame, n_prompts: int) -> str:
     cells += ["observation 2", "observation 3"]
     lines = ["| " + " | ".join(cells) + " |", "|" + "---|" * len(cells)]
     for r in rows.to_dict("records"):
-        low, middle, high = (100 * r[f"early - late{end}"] for end in (", low", "", ", high"))
+        middle, low, high = (100 * r[name] for name in EARLY_LATE)
         values = [r["run"], f"{r['exact ASR']:.1%}", f"{r['harmless answered']:.0%}"]
-        values += [f"{r['highest ASR while useful']:.0%} ({r['by']})", r["observation 1"]]
-        values += [f"{middle:+.0f} [{low:+.0f}, {high:+.0f}]", r["observation 3"]]
-        lines.append("| " + " | ".join(values) + " |")
-    lost = rows["observation 1"].str.extract(r"^(\d+) of \d+(?: \((.*)\))?$")
-    counts = {"1": lost[0] != "0", "2": rows["observation 2"] == "held"}
-    counts["3"] = rows["observation 3"].map(lambda text: len(set(text.split(" of "))) == 1)
-    by = " and ".join(sorted({name for names in lost[1].dropna() for name in names.split(", ")})) or "nothing"
+        values += [f"{r['highest ASR while useful']:.0%} ({r['by']})"]
+        values += [f"{r['safety lost first']} of {r['sweeps']}" + (f" ({', '.join(r['under'])})" if r["under"] else "")]
+        values += ["-" if math.isnan(middle) else f"{middle:+.0f} [{low:+.0f}, {high:+.0f}]"]
+        lines.append("| " + " | ".join([*values, f"{r['moved']} of {r['looked at']}"]) + " |")
+    counts = {"1": rows["safety lost first"] > 0, "2": rows["observation 2"] == "held"}
+    counts["3"] = rows["moved"] == rows["looked at"]
+    by = " and ".join(sorted({name for names in rows["under"] for name in names})) or "nothing"
     survived = [name for name, held in counts.items() if held.all()]
     text = f"""
 Each run: {n_prompts} harmful requests of the test split. Observation 1, ASR rises before utility goes: in how many of

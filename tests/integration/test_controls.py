@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from lib import controls
 from lib.experiment import grid
+from tests.tiny_study import tiny_study
 
 
 @pytest.fixture
@@ -47,11 +50,23 @@ def test_measures_every_run_and_writes_figure_table_and_page(small, tmp_path):
 
 
 def test_the_text_counts_the_runs_on_which_an_observation_holds():
-    row = {"exact ASR": 0.01, "harmless answered": 0.9, "highest ASR while useful": 0.02, "by": "teal"}
-    row |= {"early - late": 0.1, "early - late, low": 0.02, "early - late, high": 0.2, "observation 3": "1 of 2"}
-    first = {"run": "a", "observation 1": "0 of 8", "observation 2": "held"}
-    second = {"run": "b", "observation 1": "10 of 12 (teal)", "observation 2": "not shown"}
+    row = {"exact ASR": 0.01, "harmless answered": 0.9, "highest ASR while useful": 0.02, "by": "teal", "sweeps": 12}
+    row |= {"early - late": 0.1, "early - late, low": 0.02, "early - late, high": 0.2, "moved": 1, "looked at": 2}
+    first = {"run": "a", "safety lost first": 0, "under": [], "observation 2": "held"}
+    second = {"run": "b", "safety lost first": 10, "under": ["teal"], "observation 2": "not shown"}
     text = controls.markdown(pd.DataFrame([row | first, row | second]), 150)
     assert "shows in 1 of 2 runs, under teal" in text and "it holds\nin 1 of 2" in text and "+10 [+2, +20]" in text
     assert "in 0 of 2. Observations that\nsurvive every run: none." in text
     assert "survive every run: 2." in controls.markdown(pd.DataFrame([row | first, row | first]), 150)
+    assert "| 10 of 12 (teal) |" in text and "| 0 of 12 |" in text
+    unmeasured = controls.markdown(pd.DataFrame([row | first | dict.fromkeys(controls.EARLY_LATE, math.nan)]), 150)
+    assert "| - | 1 of 2 |" in unmeasured
+
+
+def test_noise_that_cannot_do_the_damage_leaves_the_second_observation_unmeasured(tmp_path, monkeypatch):
+    monkeypatch.setenv("APPROX_CACHE", str(tmp_path / "cache"))
+    study = tiny_study(tmp_path)
+    monkeypatch.setattr(controls.layer_study, "thirds", lambda _: {n: [(0,)] for n in controls.layer_study.THIRDS})
+    monkeypatch.setattr("lib.noise_study.answer_perplexity", lambda *_: 2.0)  # whatever the noise
+    row = controls.second_observation(study, study)
+    assert math.isnan(row["early - late"]) and row["observation 2"] == "not shown"
