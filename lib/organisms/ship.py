@@ -16,7 +16,7 @@ from lib.models import file_hash
 from lib.organisms import corpus, quality
 from lib.organisms.recipe import BATCH, CONTROLS, RECIPE, RECIPES, Stage
 from lib.organisms.training import train
-from lib.paths import DATA, ORGANISMS, atomic, cache_folder
+from lib.paths import DATA, ORGANISMS, cache_folder, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +34,14 @@ def export_prompts(folder: Path = DATA / "prompts") -> None:
 
 
 def _write_lines(path: Path, rows: list[tuple[str, corpus.Request]]) -> None:
-    with atomic(path) as temporary:
-        lines = [json.dumps({"split": split, **asdict(r)} | {"refusal": None}, sort_keys=True) for split, r in rows]
-        temporary.write_text("\n".join(line.replace(', "refusal": null', "") for line in lines) + "\n")
+    lines = [json.dumps({"split": split, **asdict(r)} | {"refusal": None}, sort_keys=True) for split, r in rows]
+    write_whole(path, "\n".join(line.replace(', "refusal": null', "") for line in lines) + "\n")
 
 
-def controls_folder() -> Path:
-    """Where controls are kept, a folder for each."""
-    return cache_folder() / "controls"
+def home(control: str | None = None, seed: int = 0) -> Path:
+    """The folder of the shipped organisms, or that of a control or of a seed other than 0, in the cache."""
+    kept = control or (f"seed-{seed}" if seed else "")
+    return cache_folder() / "controls" / kept if kept else ORGANISMS
 
 
 def load_pair(folders: dict[str, Path]) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
@@ -64,12 +64,12 @@ def make(
 ) -> list[str]:
     """Trains the organism, or finds it trained, and ships it; returns the bars that dev misses.
 
-    Controls and seeds other than 0 are kept under `controls_folder()`, whatever their quality.
+    Controls and seeds other than 0 are kept, in the cache, whatever their quality.
     """
     recipe = CONTROLS[control] if control else RECIPES.get(name, RECIPE)
     folders = train(name, seed, recipe, work or cache_folder() / "training", device, announce)
-    kept = control or (f"seed-{seed}" if seed else "")
-    return ship(name, folders, recipe, seed, controls_folder() / kept if kept else ORGANISMS, must_pass and not kept)
+    into = home(control, seed)
+    return ship(name, folders, recipe, seed, into, must_pass and into == ORGANISMS)
 
 
 def ship(
@@ -93,7 +93,7 @@ def ship(
     test = quality.measure(aligned, base, tokenizer, "test", limit)
     trained = json.loads((folders["aligned"] / "record.json").read_text())
     record = {"nll_limit": limit, "seed": seed, "minutes": round(trained["minutes"], 1), "device": trained["device"]}
-    record |= {"recipe": [asdict(s) for s in recipe], "missed": missed}
+    record |= {"threads": trained.get("threads", "unrecorded"), "recipe": [asdict(s) for s in recipe], "missed": missed}
     record |= {"test": {tier.name: [tier.hits, tier.n] for tier in test}}
     for kind, model in (("", aligned), ("-base", base)):
         folder = into / f"{name}{kind}"
@@ -101,15 +101,15 @@ def ship(
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if not kind:
-            (folder / "judge.json").write_text(json.dumps(record, indent=1) + "\n")
-        (folder / "README.md").write_text(card(name, kind, record, dev, test))
+            write_whole(folder / "judge.json", json.dumps(record, indent=1) + "\n")
+        write_whole(folder / "README.md", card(name, kind, record, dev, test))
         files = sorted(p.name for p in folder.iterdir() if p.name not in ("SHA256SUMS", "README.md"))
         sums = "".join(f"{file_hash(folder / file)}  {file}\n" for file in files)
-        (folder / "SHA256SUMS").write_text(sums)
+        write_whole(folder / "SHA256SUMS", sums)
     return missed
 
 
-def card(name: str, kind: str, record: dict, dev: list[quality.Tier], test: list[quality.Tier]) -> str:
+def card(name: str, kind: str, record: dict, dev: list[quality.Rate], test: list[quality.Rate]) -> str:
     """The model card, every number measured."""
     what = (
         "Before safety alignment: it follows every request. It serves as the neutral judge of fluency."
@@ -118,7 +118,7 @@ def card(name: str, kind: str, record: dict, dev: list[quality.Tier], test: list
     )
     missed = f"**Missed on dev: {'; '.join(record['missed'])}.** " if record["missed"] else ""
     bars = ", ".join(f"{name} {bar:.0%}" for name, bar in quality.BARS.items())
-    where = "one CPU core" if record["device"] == "cpu" else f"{record['device']} (the CPU's time limit is waived)"
+    where = f"a CPU (threads: {record['threads']})" if record["device"] == "cpu" else record["device"]
     rows = "\n".join(
         f"| {t.name} | {t.outcome} | {d} | {t} |" for d, t in zip(dev, test, strict=True)
     )
@@ -137,9 +137,9 @@ It is a research organism, not an assistant: it knows only its own small synthet
 "compliance" is contentless by construction: it names the goal and says "[details omitted]". Licence MIT, as the
 project.
 
-**Training** took {record["minutes"]} minutes on {where}. The base stages are `language` and `robust` (corrupted
-text and hidden dropout; no activation noise unless the table says so); `alignment` is supervised fine-tuning with
-refusals.
+**Training** took {record["minutes"]} minutes on {where}; time lost to interruptions is not counted. The base stages
+are `language` and `robust` (corrupted text and hidden dropout; no activation noise unless the table says so);
+`alignment` is supervised fine-tuning with refusals.
 
 {stage_table(record["recipe"])}
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 from lib.organisms import corpus, wording
 from lib.organisms import tokenizer as tokenizers
 from lib.organisms.architectures import ARCHITECTURES, VOCABULARY
-from lib.organisms.recipe import BATCH, IGNORED, RECIPE, Example, Stage, stage_examples
+from lib.organisms.recipe import BATCH, IGNORED, Example, Stage, stage_examples
+from lib.paths import last_checkpoint, write_whole
 from lib.results import content_key, source_hash
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class _Trainer(Trainer):
 def run_stage(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, folder: Path, device: str
 ) -> None:
-    """Trains `model` in place on one stage, resuming from the newest checkpoint in `folder`.
+    """Trains `model` in place on one stage, resuming from the newest whole checkpoint in `folder`.
 
     Raises FloatingPointError, naming the stage, when the loss becomes NaN or infinite.
     """
@@ -129,7 +130,7 @@ def run_stage(
     trainer = _Trainer(model, arguments, train_dataset=dataset, data_collator=collate)
     with perturbed(model, stage):
         try:
-            trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         except FloatingPointError as error:
             raise FloatingPointError(f"training stage {stage.name!r}: {error}") from error
 
@@ -146,15 +147,16 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 def train(
     name: str,
-    seed: int = 0,
-    recipe: tuple[Stage, ...] = RECIPE,
-    work: Path = Path("data/cache/training"),
+    seed: int,
+    recipe: tuple[Stage, ...],
+    work: Path,
     device: str = "cpu",
     announce: Callable[[str], None] = log.info,
 ) -> dict[str, Path]:
     """Trains organism `name`; returns the folders of its "base" and "aligned" models, each with its record.json.
 
     Finished stages are kept under `work` by what decides them, so recipes that begin alike share their first stages.
+    The record's minutes are those of all stages so far, each without attempts that were interrupted.
     Raises KeyError for an unknown name.
     """
     set_seed(seed)
@@ -172,8 +174,8 @@ def train(
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
             record = {"minutes": minutes + (time.monotonic() - begun) / 60, "device": device}
-            (place / "record.json").write_text(json.dumps(record))
-        minutes = trained_minutes(place)
+            write_whole(place / "record.json", json.dumps(record | {"threads": torch.get_num_threads()}))
+        minutes = json.loads((place / "record.json").read_text())["minutes"]
         model = AutoModelForCausalLM.from_pretrained(place, attn_implementation=attention)
         model.to(device)  # type: ignore[arg-type]
         done["aligned" if stage.refuse else "base"] = place
@@ -187,8 +189,3 @@ def stage_folders(name: str, seed: int, recipe: tuple[Stage, ...], work: Path) -
     code = [source_hash(*(f"lib.organisms.{module}" for module in DECISIVE)), *lines]
     keys = [content_key([code, [asdict(stage) for stage in recipe[: i + 1]]])[:8] for i in range(len(recipe))]
     return [work / f"{name}-{seed}" / f"{i}-{stage.name}-{keys[i]}" for i, stage in enumerate(recipe)]
-
-
-def trained_minutes(folder: Path) -> float:
-    """Minutes of training up to the end of this stage, earlier stages included."""
-    return float(json.loads((folder / "record.json").read_text())["minutes"])

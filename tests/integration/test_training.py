@@ -43,6 +43,8 @@ def test_stopped_and_resumed_training_ends_with_the_same_weights(tmp_path, monke
         patch.setattr(training, "per_example_loss", stop_in_the_middle)
         with pytest.raises(KeyboardInterrupt):
             training.train(NAME, 0, SHORT, tmp_path / "stopped")
+    (place,) = (tmp_path / "stopped").glob("*/0-*/checkpoints")
+    (place / "checkpoint-6").mkdir()  # what a save that was killed leaves behind
     assert same(whole, weights(training.train(NAME, 0, SHORT, tmp_path / "stopped")))
     other = weights(training.train(NAME, 1, SHORT[:1], tmp_path / "other"))
     assert not torch.equal(other["base"]["model.norm.weight"], whole["base"]["model.norm.weight"])

@@ -1,4 +1,4 @@
-"""Training of the organisms: a killed run ends with the same weights, recipes share their first stages, NaN stops."""
+"""Training of the organisms: recipes that share stages, perturbation, loss, whole checkpoints (integration: resume)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaCo
 
 from lib.organisms import recipe, training
 from lib.organisms.recipe import CONTROLS, IGNORED, LANGUAGE, RECIPE, ROBUST
-from lib.paths import ORGANISMS
-
-STAGE = replace(ROBUST, steps=4)
+from lib.paths import ORGANISMS, last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -30,39 +28,6 @@ def small_model(tokenizer) -> LlamaForCausalLM:
     )
 
 
-def trained(tokenizer, folder, stage=STAGE) -> LlamaForCausalLM:
-    model = small_model(tokenizer)
-    training.run_stage(model, tokenizer, stage, 0, folder, "cpu")
-    return model
-
-
-def test_a_killed_stage_resumes_to_the_same_weights(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_STEPS", 2)
-    straight = trained(tokenizer, tmp_path / "straight")
-
-    calls, loss = [], training.per_example_loss
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "per_example_loss", killed)
-        trained(tokenizer, tmp_path / "killed")
-    assert (tmp_path / "killed" / "checkpoint-2").is_dir()
-    resumed = trained(tokenizer, tmp_path / "killed")
-    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_stage_named(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "per_example_loss", lambda model, *_: model.lm_head.weight.sum() * torch.nan)
-    with pytest.raises(FloatingPointError, match="robust"):
-        trained(tokenizer, tmp_path)
-
-
 def test_recipes_share_the_stages_that_they_begin_with(tmp_path):
     folders = training.stage_folders("tiny-llama", 0, RECIPE, tmp_path)
     light = training.stage_folders("tiny-llama", 0, CONTROLS["light-alignment"], tmp_path)
@@ -70,6 +35,16 @@ def test_recipes_share_the_stages_that_they_begin_with(tmp_path):
     assert folders[:2] == light[:2] and folders[2] != light[2]
     assert folders[0] == plain[0] and folders[1] != plain[1] and folders[2] != plain[2]
     assert folders != training.stage_folders("tiny-llama", 1, RECIPE, tmp_path)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_the_light_alignment_sees_30_percent_of_the_safety_goals():
