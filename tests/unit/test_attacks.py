@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 
 from lib import attack_search
 from lib.approximations import make
-from lib.prompts import Attack
+from lib.errors import ChoiceError
+from lib.prompts import Attack, render
 from tests.tiny_study import tiny_study
 
 
@@ -33,8 +35,14 @@ def test_every_template_holds_the_request_and_files_join_them(tmp_path):
     found = attack_search.chosen_attacks([file])
     assert [attack.id for attack in found] == ["opening", "role", "no-refusal", "tail"]
     file.write_text(json.dumps({"id": "role", "suffix": "x"}))
-    with pytest.raises(ValueError, match="several attacks have the id role"):
+    with pytest.raises(ChoiceError, match="several attacks have the id role"):
         attack_search.chosen_attacks([file])
+    for reserved in attack_search.RESERVED:
+        file.write_text(json.dumps({"id": reserved, "suffix": "x"}))
+        with pytest.raises(ChoiceError, match=f"several attacks have the id {reserved}"):
+            attack_search.chosen_attacks([file])
+    with pytest.raises(ChoiceError, match=r"No such file.*missing\.jsonl"):
+        attack_search.chosen_attacks([tmp_path / "missing.jsonl"])
 
 
 def test_replies_to_attacked_texts_are_judged_beside_the_plain_request(study, monkeypatch):
@@ -64,6 +72,9 @@ def test_verdicts_are_stored_and_replies_are_not(study, monkeypatch):
     assert not (study.store.folder / "replies").exists()
     monkeypatch.setattr(attack_search, "generate", lambda *_: pytest.fail("generated again"))
     assert attack_search.success(targets, requests(study), attacks, suffixes).equals(table)
+    stricter = replace(study, nll_limit=0.5)  # judged anew
+    with pytest.raises(pytest.fail.Exception, match="generated again"):
+        attack_search.success({"exact": (stricter, None)}, requests(study), [])
 
 
 def test_gcg_says_how_to_get_nanogcg(study, monkeypatch):
@@ -72,9 +83,16 @@ def test_gcg_says_how_to_get_nanogcg(study, monkeypatch):
         attack_search.gcg_suffixes(study, requests(study)[:1])
 
 
-def test_gcg_sees_the_prompt_as_evaluation_puts_it_and_is_read_back(study, monkeypatch):
+TURNS = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}:{% endfor %}"
+NO_SYSTEM = "{{ raise_exception('no') if messages[0]['role'] == 'system' }}"
+TEMPLATES = {"with BOS": TURNS, "no system turn": NO_SYSTEM + TURNS, "none": None}
+
+
+@pytest.mark.parametrize("protocol", ["chat", "quada"])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_gcg_sees_the_prompt_as_evaluation_puts_it_and_is_read_back(study, monkeypatch, template, protocol):
     """A stand-in for nanogcg: it drops the template's BOS and trusts the tokenizer to add it, as nanogcg does."""
-    study.tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}:"
+    study.tokenizer.chat_template, study.protocol = template, protocol
     seen = []
 
     def run(model, tokenizer, message, target, config):
@@ -88,13 +106,14 @@ def test_gcg_sees_the_prompt_as_evaluation_puts_it_and_is_read_back(study, monke
         return SimpleNamespace(best_string=f"s{len(seen)}", best_loss=1.0)
 
     monkeypatch.setitem(sys.modules, "nanogcg", SimpleNamespace(GCGConfig=SimpleNamespace, run=run))
-    asked = requests(study)[:2]
+    asked, tokenizer = requests(study)[:2], study.tokenizer
     found = attack_search.gcg_suffixes(study, asked, steps=2, width=4)
     assert {name: attack.template for name, attack in found.items()} == {
         asked[0].id: "{prompt} s1", asked[1].id: "{prompt} s2"
     }  # fmt: skip
-    tokenizer = study.tokenizer
-    assert seen[0] == tokenizer(f"<s>{asked[0].prompt} ", add_special_tokens=False)["input_ids"]
+    (text,), special = render(tokenizer, [f"{asked[0].prompt} {{optim_str}}"], protocol)
+    before = text.split("{optim_str}")[0]
+    assert seen[0] == tokenizer(before, add_special_tokens=special)["input_ids"] and asked[0].prompt in before
     assert tokenizer.bos_token == "<s>" and not torch.are_deterministic_algorithms_enabled()
     monkeypatch.setitem(sys.modules, "nanogcg", None)
     assert attack_search.gcg_suffixes(study, asked, steps=2, width=4) == found
