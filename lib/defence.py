@@ -6,7 +6,7 @@
 3. Preference training with that approximation in the policy (`lib.defence_training`).
 
 The paper's lambda, tau and MVA are not in its released code, which has no part of this; tau and the MVA are found here
-on the search split. Nothing is ever chosen by means of `HELD_OUT`: that technique is only measured.
+on the search split. No choice and no training in the suite uses `HELD_OUT`, by which a defence is only tested.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -26,7 +26,8 @@ from lib import layer_study, models, noise_study, prompts
 from lib.anatomy import anatomy
 from lib.approximations import Technique, make
 from lib.download import decoded
-from lib.experiment import Study
+from lib.errors import choosing
+from lib.experiment import Condition, Study, technique_modules
 from lib.organisms import corpus
 from lib.results import content_key, source_hash
 
@@ -36,50 +37,25 @@ if TYPE_CHECKING:  # importing TRL takes seconds, which a reader of stored resul
 log = logging.getLogger(__name__)
 
 HELD_OUT = "omniquant"
-LEVELS = {"gaussian": "std", "laplace": "scale", "teal": "sparsity", "cats": "sparsity", "smoothquant": "bits"}
 MARGIN = 0.2
 SEARCH_SEEDS = (0, 1)  # of noise
 MEASURES = {"asr": 1, "refusal_score": -1}  # measure of safety -> the sign with which damage moves it
 
 
-def perturbation(name: str, level: float | None, **settings: Any) -> Technique:
-    """A technique at a level, to train against. ValueError for one without a level, without a value, or held out."""
-    if name == HELD_OUT:
-        raise ValueError(f"{name} is held out to test the defence and cannot be trained against")
-    if name not in LEVELS:
-        raise ValueError(f"{name} has no level to train against; choose one of {', '.join(LEVELS)}")
-    if level is None:
-        raise ValueError(f"{name} needs a level: its {LEVELS[name]}")
-    return make(name, **{LEVELS[name]: int(level) if LEVELS[name] == "bits" else level}, **settings)
-
-
-def check_refusals(study: Study) -> int:
-    """How many harmful requests the exact model refuses. ValueError if none: there is nothing to defend."""
-    result = study.run()
-    refused = int((result.loc[result["label"] == "harmful", "verdict"] == "refused").sum())
-    if not refused:
-        n = len(study.rows("harmful"))
-        raise ValueError(f"{study.name} refuses none of {n} harmful requests: it has no safety to defend")
-    return refused
-
-
 # ------------------------------------------------------------------ the sensitive prefix
 
 
-def prefix_damage(search: Study, technique: Technique, seeds: Sequence[int] = SEARCH_SEEDS) -> pd.DataFrame:
-    """Summary rows of the exact model (tau 0) and of `technique` in the first tau layers; noise is averaged over seeds.
+def prefix_damage(search: Study, noise: Technique, seeds: Sequence[int] = SEARCH_SEEDS) -> pd.DataFrame:
+    """Summary rows of the exact model (tau 0) and of `noise` in the first tau layers, averaged over seeds.
 
-    At most eight prefixes of a deep model are measured. ValueError where nothing is refused to begin with."""
-    check_refusals(search)
+    At most eight prefixes of a deep model are measured. ChoiceError where nothing is refused to begin with."""
+    search.check_refusals()
     prefixes = layer_study.layer_sets(len(anatomy(search.model).blocks))["prefix"]
-    conditions = layer_study.at_level(technique, "layers", 0.0, {"prefix": prefixes})
-    seeded = seeds if "seed" in technique.settings else ()
+    conditions = [Condition(noise, "layers", len(prefix), "prefix", prefix) for prefix in prefixes]
+    rows = [noise_study.pooled(noise_study.summaries(search, condition, seeds)) for condition in conditions]
     exact = search.run()
-    rows = [search.summary(exact, exact, None)]
-    for condition in conditions:
-        once = [search.summary(search.run(technique, condition.layers), exact, condition)] if not seeded else []
-        rows.append(noise_study.pooled(once or noise_study.summaries(search, condition, seeded)))
-    return pd.DataFrame(rows).assign(tau=[0, *(len(prefix) for prefix in prefixes)])
+    table = pd.DataFrame([search.summary(exact, exact, None), *rows])
+    return table.assign(tau=table["level"].fillna(0).astype(int))
 
 
 def sensitive_prefix(table: pd.DataFrame, margin: float = MARGIN) -> tuple[int, str]:
@@ -103,16 +79,15 @@ def sensitive_prefix(table: pd.DataFrame, margin: float = MARGIN) -> tuple[int, 
 # ------------------------------------------------------------------ preference pairs
 
 
-def organism_pairs(n: int, seed: int = 0, harmful_share: float = 0.5) -> list[Pair]:
-    """n pairs from goals of the corpus' train split: refusal over (contentless) compliance for harmful requests, answer
-    over refusal for harmless and confusable ones, which share the rest equally."""
+def organism_pairs(n: int, seed: int = 0) -> list[Pair]:
+    """n pairs from goals of the corpus' train split: refusal over (contentless) compliance for harmful requests, half
+    of them, and answer over refusal for harmless and confusable ones, a quarter each."""
     from lib.defence_training import Pair
 
     rng = random.Random(f"pairs {seed}")
     pools = {label: corpus.requests("train", label=label) for label in corpus.LABELS}
     refusals = [str(request.refusal) for request in pools["harmful"]]
-    rest = (1 - harmful_share) / 2
-    shares = {"harmful": harmful_share, "harmless": rest, "confusable": rest}
+    shares = {"harmful": 0.5, "harmless": 0.25, "confusable": 0.25}
     pairs = []
     for label in rng.choices(list(shares), list(shares.values()), k=n):
         request, harmful = rng.choice(pools[label]), label == "harmful"
@@ -122,6 +97,7 @@ def organism_pairs(n: int, seed: int = 0, harmful_share: float = 0.5) -> list[Pa
     return pairs
 
 
+@choosing()
 def read_pairs(path: str | Path, n: int | None = None, seed: int = 0) -> list[Pair]:
     """Preference pairs for real models from a JSON Lines file: `n` of them drawn by `seed`, all if None.
 
@@ -129,7 +105,7 @@ def read_pairs(path: str | Path, n: int | None = None, seed: int = 0) -> list[Pa
     the dataset PKU-Alignment/PKU-SafeRLHF, CC-BY-NC-4.0, whose split files are JSON Lines), or have prompt, chosen,
     rejected and optionally harmful and goal. The *safer*, not the better response is chosen; a PKU prompt counts as
     harmful where one of its responses is unsafe. The file is the user's own: no checksum of it is known here. The
-    dataset's layout is recalled. ValueError names a bad line.
+    dataset's layout is recalled. ChoiceError for no such file, and for a bad line, which it names.
     """
     file = Path(path)
     rows = [(i, line) for i, line in enumerate(decoded(file.read_bytes(), file.name).split("\n"), 1) if line.strip()]
@@ -149,13 +125,16 @@ def _pair(line: str, where: str) -> Pair:
             harmful = not (row["is_response_0_safe"] and row["is_response_1_safe"])
             texts = [row["prompt"], row[f"response_{safer}"], row[f"response_{1 - safer}"]]
         else:
-            harmful, texts = bool(row.get("harmful", True)), [row["prompt"], row["chosen"], row["rejected"]]
+            harmful, texts = row.get("harmful", True), [row["prompt"], row["chosen"], row["rejected"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: not a preference pair ({error})") from None
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"{where}: prompt and both replies must be texts that are not empty")
+    goal = row.get("goal") or row["prompt"]
+    if not all(isinstance(text, str) and text.strip() for text in [*texts, goal]):
+        raise ValueError(f"{where}: prompt, both replies and goal must be texts that are not empty")
+    if not isinstance(harmful, bool):
+        raise ValueError(f"{where}: harmful must be true or false, not {harmful!r}")
     prompt, preferred, rejected = texts
-    return Pair(prompt, preferred, rejected, harmful, row.get("goal") or prompt)
+    return Pair(prompt, preferred, rejected, harmful, goal)
 
 
 def plain(text: str) -> str:
@@ -187,7 +166,7 @@ def defend(study: Study, recipe: Recipe, pairs: Sequence[Pair]) -> tuple[Study, 
         state = None if recipe.perturbation is None else study.state(recipe.perturbation)
         defence_training.train(study.model, study.tokenizer, pairs, recipe, folder, state, study.protocol)
     model, _ = models.load(str(folder), str(study.model.device), str(study.model.dtype).removeprefix("torch."))
-    return replace(study, name=f"{study.name}, defended", model=model), folder
+    return replace(study, name=f"{study.name}, defended", model=model, identity={}), folder
 
 
 def variants(recipe: Recipe, n_layers: int) -> dict[str, Recipe]:
@@ -195,19 +174,19 @@ def variants(recipe: Recipe, n_layers: int) -> dict[str, Recipe]:
     (TEAL at 65 %), and the other objectives."""
     from lib.defence_training import OBJECTIVES
 
-    real = perturbation("teal", 0.65, prompt="all")
     changed = {
         "no perturbation": replace(recipe, perturbation=None, tau=0),
         "all layers": replace(recipe, tau=n_layers),
         "no regulariser": replace(recipe, weight=0.0),
-        "TEAL as perturbation": replace(recipe, perturbation=real),
+        "TEAL as perturbation": replace(recipe, perturbation=make("teal", sparsity=0.65, prompt="all")),
     }
     others = {f"objective {name}": replace(recipe, objective=name) for name in OBJECTIVES if name != recipe.objective}
     return {name: variant for name, variant in (changed | others).items() if variant != recipe}
 
 
 def training_log(folder: Path) -> pd.DataFrame:
-    """What a finished training logged, every few steps: loss, share of pairs ranked rightly, margin, mean cosine."""
+    """What a finished training logged, every few steps: loss, mean cosine, and the margin between chosen and rejected
+    reply over the original's (in beta nats), with the share of pairs ranked rightly by it."""
     entries = json.loads((folder / "defence.json").read_text())["log"]
     names = {"step": "step", "loss": "loss", "rewards/accuracies": "pairs ranked rightly", "rewards/margins": "margin"}
     names |= {"likeness": "mean cosine", "mean_token_accuracy": "tokens of chosen replies right"}
@@ -222,6 +201,14 @@ def defended_folder(study: Study, recipe: Recipe, pairs: Sequence[Pair]) -> Path
     own = prompts.load("organism") if study.prompt_set == "organism" else ()
     if len(disjoint(pairs, [*study.prompts, *own])) < len(pairs):
         raise ValueError("some preference pairs are evaluation prompts: drop them with defence.disjoint")
-    code = source_hash("lib.defence_training", "lib.patching")
-    content = [study.identity["weights"], recipe.described(), [vars(pair) for pair in pairs], study.protocol, code]
+    calibrated = recipe.perturbation is not None and recipe.perturbation.needs_calibration
+    content = {
+        "weights": study.identity["weights"],
+        "recipe": recipe.described(),
+        "pairs": [vars(pair) for pair in pairs],
+        "protocol": [study.protocol, study.tokenizer.chat_template],
+        "calibration": study.calibration_texts if calibrated else None,
+        "numbers": [str(study.model.dtype), study.model.device.type, study.identity["attention"]],
+        "code": source_hash("lib.defence_training", "lib.patching", *technique_modules(recipe.perturbation)),
+    }
     return study.store.folder / "defended" / content_key(content)

@@ -33,14 +33,16 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from lib.anatomy import anatomy
 from lib.approximations import State, Step, Technique
 from lib.approximations.technique import Transform
+from lib.errors import ChoiceError
 from lib.patching import approximated
+from lib.paths import last_checkpoint, write_whole
 from lib.prompts import render
 
 OBJECTIVES = {"dpo": ["sigmoid"], "sft": ["sft"], "both": ["sigmoid", "sft"]}
@@ -66,7 +68,7 @@ class Recipe:
 
     perturbation: the technique in the policy's first layers, None for none; tau: their number, 0 for none.
     objective: "dpo", "sft" or "both". beta: of DPO. weight: of the regulariser (lambda). rank: of LoRA; 0 trains all
-    weights. batch: pairs per step.
+    weights. batch: pairs per step. ChoiceError for another objective.
     """
 
     perturbation: Technique | None
@@ -82,7 +84,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
+            raise ChoiceError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
         if (self.perturbation is None) != (self.tau == 0):
             raise ValueError(f"tau {self.tau} with perturbation {self.perturbation}: give both, or neither")
 
@@ -146,8 +148,6 @@ class QuadaTrainer(DPOTrainer):
         return dataset  # tokenised by `tokenised`, as prompts are for evaluation
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        if self.recipe.objective == "sft":  # has no reference
-            return inputs["input_ids"].new_zeros(len(inputs["input_ids"]), dtype=torch.float32).chunk(2)
         return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "harmful"})
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *options: Any, **named: Any) -> Tensor:
@@ -239,23 +239,24 @@ def train(
 ) -> Path:
     """Trains a copy of `model` and saves it, with `defence.json`, in `folder`, which `lib.models.load` opens.
 
-    A killed training started again goes on from its last checkpoint and ends with the same weights; a finished one is
-    not repeated. FloatingPointError when the loss is not finite.
+    What is trained is float32, for bfloat16 would round small steps away; it is saved in the model's own dtype. A
+    killed training started again goes on from its last whole checkpoint and ends with the same weights; a finished one
+    is not repeated. FloatingPointError when the loss is not finite.
     """
     if (folder / "defence.json").is_file():
         return folder
     checkpoints = folder / "checkpoints"
     set_seed(recipe.seed)
     trainer = _trainer(deepcopy(model), tokenizer, pairs, recipe, checkpoints, state, protocol)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     trained = trained.merge_and_unload() if recipe.rank else trained
-    trained.save_pretrained(folder)
+    trained.to(model.dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = {"recipe": recipe.described(), "pairs": len(pairs), "log": log}
-    (folder / "defence.json").write_text(json.dumps(record, indent=1, default=str))
+    write_whole(folder / "defence.json", json.dumps(record, indent=1, default=str))
     return folder
 
 
@@ -268,12 +269,14 @@ def _trainer(
     state: State | None,
     protocol: str,
 ) -> QuadaTrainer:
+    """The trainer of `model` itself, whose weights become float32, unless LoRA's, which are, are the ones trained."""
+    mixed = not recipe.rank and model.dtype == torch.bfloat16
     lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear") if recipe.rank else None
     trainer = QuadaTrainer(
         recipe,
         state,
-        model=model,
-        args=_arguments(recipe, folder, model.device.type == "cpu"),
+        model=model if recipe.rank else model.float(),
+        args=_arguments(recipe, folder, model.device.type == "cpu", mixed),
         data_collator=Collator(tokenizer.pad_token_id),
         train_dataset=tokenised(tokenizer, pairs, protocol),
         processing_class=tokenizer,
@@ -284,7 +287,8 @@ def _trainer(
     return trainer
 
 
-def _arguments(recipe: Recipe, folder: Path, on_cpu: bool) -> DPOConfig:
+def _arguments(recipe: Recipe, folder: Path, on_cpu: bool, mixed: bool) -> DPOConfig:
+    """mixed: whether forward passes compute in bfloat16."""
     return DPOConfig(
         output_dir=str(folder),
         loss_type=OBJECTIVES[recipe.objective],
@@ -298,7 +302,7 @@ def _arguments(recipe: Recipe, folder: Path, on_cpu: bool) -> DPOConfig:
         precompute_ref_batch_size=2 * recipe.batch,
         max_length=None,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=mixed,
         use_cpu=on_cpu,
         save_steps=SAVE_STEPS,
         save_total_limit=1,

@@ -14,12 +14,10 @@ import torch
 from lib import defence, defence_plots, defence_study, defence_training, models, noise_study, prompts
 from lib.approximations import make
 from lib.defence_training import Pair, Recipe
-from lib.experiment import Condition, describe, grid
+from lib.errors import ChoiceError
+from lib.experiment import Condition
 from lib.organisms import corpus
-from lib.parameters import read_notebook
 from lib.patching import approximated
-from lib.paths import ROOT
-from lib.registry import smoothing_alpha
 from tests.families import random_model
 from tests.tiny_study import WORDS, character_tokenizer, tiny_study
 
@@ -40,8 +38,8 @@ def train(folder, recipe=SHORT, pairs=PAIRS):
     return defence_training.train(random_model("llama"), character_tokenizer(), pairs, recipe, folder)
 
 
-def weights(folder):
-    return models.load(str(folder), "cpu")[0].state_dict()
+def weights(folder, dtype="auto"):
+    return models.load(str(folder), "cpu", dtype)[0].state_dict()
 
 
 def same(a, b):
@@ -138,11 +136,23 @@ def test_stopped_and_resumed_training_ends_with_the_same_weights(tmp_path, monke
         patch.setattr(defence_training, "mean_cosine", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "stopped")
+    (tmp_path / "stopped" / "checkpoints" / "checkpoint-4").mkdir()  # what a save that was killed leaves behind
     assert not (tmp_path / "stopped" / "defence.json").exists() and (tmp_path / "stopped" / "checkpoints").is_dir()
     assert same(weights(train(tmp_path / "stopped")), whole)
     assert not same(weights(train(tmp_path / "other", replace(SHORT, seed=1))), whole)
     record = json.loads((tmp_path / "whole" / "defence.json").read_text())
     assert record["recipe"]["perturbation"][0] == "gaussian" and not (tmp_path / "whole" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("perturbation", [NOISE, make("smoothquant", bits=3, smooth=False)])
+def test_small_steps_move_the_weights_of_a_bfloat16_model(tmp_path, perturbation):
+    model = random_model("llama").bfloat16()
+    recipe = replace(SHORT, perturbation=perturbation, steps=12, learning_rate=1e-4)
+    defence_training.train(model, character_tokenizer(), PAIRS, recipe, tmp_path)
+    after = weights(tmp_path, "bfloat16")
+    before = {name: value for name, value in model.state_dict().items() if value.ndim == 2}
+    changed = [(after[name] != value).float().mean() for name, value in before.items()]
+    assert after["model.norm.weight"].dtype == torch.bfloat16 and np.mean(changed) > 0.4  # in bfloat16 0.15
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch):
@@ -210,27 +220,26 @@ def test_files_of_pairs_take_the_safer_response(tmp_path):
     pairs = defence.read_pairs(file)
     assert pairs == [Pair("p", "b", "a", True, "p"), Pair("p", "b", "a", False, "p"), Pair("q", "c", "r", False, "g")]
     assert set(defence.read_pairs(file, 2)) <= set(pairs)
-    for bad in ('{"prompt": "p"}', '{"prompt": "p", "chosen": "", "rejected": "r"}', "[1]", "x", json.dumps(pku)):
+    wrong = [json.dumps(rows[2] | change) for change in ({"goal": 7}, {"harmful": "false"})]
+    wrong += ['{"prompt": "p"}', '{"prompt": "p", "chosen": "", "rejected": "r"}', "[1]", "x", json.dumps(pku)]
+    for bad in wrong:
         file.write_text(json.dumps(rows[0]) + "\n" + bad)
-        with pytest.raises(ValueError, match=r"pairs\.jsonl, line 2"):
+        with pytest.raises(ChoiceError, match=r"pairs\.jsonl, line 2"):
             defence.read_pairs(file)
     file.write_text("\n")
     with pytest.raises(ValueError, match="no preference pairs"):
         defence.read_pairs(file)
+    with pytest.raises(ChoiceError, match=r"No such file.*missing\.jsonl"):
+        defence.read_pairs(tmp_path / "missing.jsonl")
 
 
 # ------------------------------------------------------------------ choices
 
 
-def test_a_perturbation_needs_a_technique_with_a_level():
-    assert defence.perturbation("smoothquant", 3.0) == make("smoothquant", bits=3)
-    assert defence.perturbation("gaussian", 0.2, where=("norm",)).std == 0.2
-    for name, level, message in (("omniquant", 4, "held out"), ("bolt", 8, "no level"), ("teal", None, "sparsity")):
-        with pytest.raises(ValueError, match=message):
-            defence.perturbation(name, level)
+def test_a_recipe_is_checked():
     with pytest.raises(ValueError, match="give both, or neither"):
         Recipe(NOISE, 0)
-    with pytest.raises(ValueError, match="unknown objective 'ppo'"):
+    with pytest.raises(ChoiceError, match="unknown objective 'ppo'"):
         Recipe(NOISE, 1, objective="ppo")
 
 
@@ -253,9 +262,9 @@ def test_tau_is_the_smallest_prefix_that_explains_the_damage():
 
 def test_the_prefix_sweep_measures_growing_prefixes_and_needs_refusals(tmp_path, monkeypatch):
     study = tiny_study(tmp_path)
-    with pytest.raises(ValueError, match="refuses none of 6 harmful requests"):
+    with pytest.raises(ChoiceError, match="refuses none of 6 harmful requests: it has no safety to keep"):
         defence.prefix_damage(study, NOISE)
-    monkeypatch.setattr(defence, "check_refusals", lambda _: 1)
+    monkeypatch.setattr(type(study), "check_refusals", lambda _: 1)
     table = defence.prefix_damage(study, NOISE, seeds=(0, 1))
     assert table["tau"].tolist() == [0, 1, 2] and table["layers"].tolist() == ["all", "0", "0-1"]
     assert table["n_seeds"].tolist()[1:] == [2, 2]
@@ -273,6 +282,11 @@ def test_a_defended_study_is_stored_by_content_and_keeps_prompts_and_judge(tmp_p
     assert again.identity == after.identity
     with pytest.raises(ValueError, match="tau 3 is not valid: tiny has 2 layers"):
         defence.defend(study, replace(SHORT, tau=3), pairs)
+    places = {defence.defended_folder(changed, replace(SHORT, perturbation=p), pairs)
+              for changed in (study, replace(study, calibration_texts=["other"])) for p in (NOISE, make("smoothquant"))}
+    assert len(places) == 3  # what SmoothQuant was calibrated on decides the weights
+    study.tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    assert defence.defended_folder(study, replace(SHORT, steps=2), pairs) != folder
     with pytest.raises(ValueError, match="evaluation prompts"):
         defence.defend(study, SHORT, [replace(pairs[0], goal=study.prompts[0].goal), *pairs[1:]])
 
@@ -285,7 +299,7 @@ def comparison(tmp_path_factory):
     before = tiny_study(tmp_path_factory.mktemp("study"))
     after = replace(before, model=random_model("llama"))
     torch.nn.init.normal_(after.model.model.layers[0].mlp.down_proj.weight, std=0.3)
-    after = replace(after, name="after")
+    after = replace(after, name="after", identity={})
     conditions = [Condition(make("smoothquant", bits=b, smooth=False), "bits", b, "plain") for b in (4, 2)]
     return before, after, conditions, defence_study.compared(before, after, conditions)
 
@@ -316,38 +330,31 @@ def test_the_bar_asks_for_safety_answers_and_fluency_where_it_applies():
     table = defence_study.judged(pd.DataFrame(rows))
     assert table["attackable"].tolist() == [False, True, True, True, False, True, True, False, False]
     assert table.loc[table["attackable"], "met"].tolist() == [True, False, True, False, False]
-    first, cost, peak, tested = defence_study.verdict(table)
+    first, cost, peak, tested = defence_study.conclusions(table)
     assert "met in 2 of 5 conditions that qualify (ASR 4, harmless 4, perplexity 4)" in first
     assert "useful or not, is 40.0 % (a); the defended one's there 9.0 %" in peak
     assert "2.0 % to 2.0 %" in cost and "fell in 6 and rose in 0 of 6 useful" in tested
     assert "fell most under a: from 95.0 % to 91.0 %" in tested
     rows = [row(0.02, 0.02, technique="exact"), row(0.04, 0.01, technique="omniquant")]
     calm = defence_study.judged(pd.DataFrame(rows))
-    first, *_, held = defence_study.verdict(calm)
+    first, *_, held = defence_study.conclusions(calm)
     assert first.startswith("No condition qualifies") and "(1 conditions), its ASR is 4.0 % at most" in first
     assert "4.0 % before and 1.0 % after" in held
 
 
-def conditions_of(notebook):
-    """The conditions that a notebook of 01 to 03 builds by default."""
-    cells = json.loads(notebook.read_text())["cells"]
-    source = next(s for cell in cells if "table = study.sweep(" in (s := "".join(cell["source"])))
-    names = {p.name: p.default for p in read_notebook(notebook).parameters.values()} | {"grid": grid, "chosen": None}
-    names["alpha"] = smoothing_alpha("tiny-llama")
-    exec("".join(line for line in source.splitlines(True) if "study.sweep" not in line), names)
-    return names["conditions"]
+def test_a_condition_that_breaks_a_model_counts_as_missed_after_and_not_at_all_before():
+    lost = {"failed": "NaN", "asr_after": np.nan, "harmless_change": np.nan, "growth": np.nan}
+    rows = [row(0.02, 0.02, technique="exact"), row(0.4, 0.0) | lost, row(np.nan, 0.0) | lost]
+    table = defence_study.judged(pd.DataFrame(rows))
+    assert table["attackable"].tolist() == [False, True, False] and not table["met"][1]
+    first, _, peak, _ = defence_study.conclusions(table)
+    assert "met in 0 of 1 conditions that qualify" in first and peak == "No approximated model could be measured."
 
 
-def test_every_condition_of_notebooks_01_to_03_is_measured():
-    def named(conditions):
-        return sorted((describe(c.technique), c.variant, c.level_name, c.level) for c in conditions)
-
-    notebooks = sorted((ROOT / "notebooks").glob("0[123]_*.ipynb"))
-    expected = [condition for notebook in notebooks for condition in conditions_of(notebook)]
-    assert len(notebooks) == 3 and named(defence_study.every_condition("tiny-llama")) == named(expected)
-    shown = defence_study.main_conditions("tiny-llama")
-    assert {c.technique.name for c in shown} == {c.technique.name for c in expected}
-    assert {c.technique.name for c in shown} >= {defence.HELD_OUT}
+def test_the_main_conditions_leave_no_technique_out():
+    every = {c.technique.name for c in defence_study.every_condition("tiny-llama")}
+    assert {c.technique.name for c in defence_study.main_conditions("tiny-llama")} == every
+    assert defence.HELD_OUT in every
 
 
 def test_balanced_asks_as_many_harmless_as_harmful(tmp_path):
@@ -358,7 +365,7 @@ def test_balanced_asks_as_many_harmless_as_harmful(tmp_path):
 def test_figures_show_every_row(comparison):
     *_, table = comparison
     figure = defence_plots.before_and_after(table.assign(level=[np.nan, 4.0, 2.0]))
-    assert len(figure.axes) == 1 and len(figure.axes[0].get_lines()) == 4
+    assert [len(ax.get_lines()) for ax in figure.axes] == [2, 2]
     prefixes = prefix_table([0.0, 0.2, 0.4], [5.0, 4.0, 2.0], 0.1)
     prefixes = prefixes.assign(asr_low=prefixes["asr"] / 2, asr_high=prefixes["asr"] + 0.1)
     assert len(defence_plots.prefixes(prefixes, 1).axes) == 2
@@ -385,15 +392,15 @@ def test_variants_change_one_part_each_and_are_measured_beside_the_undefended_mo
     pairs = [replace(pair, goal=pair.goal + " again", prompt=pair.prompt + " again") for pair in PAIRS]
     table = defence_study.ablated(study, {"short": replace(SHORT, steps=1)}, pairs, NOISE)
     assert table[["recipe", "approximation"]].to_numpy().tolist() == [
-        ["undefended", "none"], ["undefended", "MVA"], ["short", "none"], ["short", "MVA"]
+        ["undefended", "exact"], ["undefended", "MVA"], ["short", "exact"], ["short", "MVA"]
     ]  # fmt: skip
+    assert table["n_seeds"].tolist()[1::2] == [len(noise_study.FRESH_SEEDS)] * 2
     folder = defence.defended_folder(study, replace(SHORT, steps=1), pairs)
     assert models.load(str(folder), "cpu")[1].padding_side == "left"
 
 
 def test_noise_is_measured_in_units_of_the_mva_and_in_the_chosen_layers(tmp_path, monkeypatch):
-    monkeypatch.setattr(noise_study, "most_vulnerable", lambda study, kind, n: noise_study.families()[kind](0.4))
-    found = defence_study.noise_conditions(tiny_study(tmp_path), 4, (0.5, 2.0), (0,))
+    monkeypatch.setattr(noise_study, "most_vulnerable", lambda study, kind: noise_study.FAMILIES[kind](0.4))
+    found = defence_study.noise_conditions(tiny_study(tmp_path), (0.5, 2.0), (0,))
     assert [c.technique.std for c in found] == [0.2, 0.8] * 2 and {c.layers for c in found} == {(0,)}
     assert [c.level for c in found] == [0.5, 2.0] * 2 and found[-1].technique.laplace_down == pytest.approx(0.592)
-    assert {c.layers for c in defence_study.in_layers(found, None)} == {None}
