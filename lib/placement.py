@@ -36,11 +36,12 @@ from lib import prompts, savings, statistics, utility
 from lib.anatomy import anatomy
 from lib.approximations import Technique
 from lib.approximations.technique import OPERATIONS, State
-from lib.experiment import Condition, Study
+from lib.errors import ChoiceError, choosing
+from lib.experiment import Condition, Study, goals_first
 from lib.generation import NonFiniteError
 from lib.organisms import corpus
 from lib.patching import approximated
-from lib.paths import atomic
+from lib.paths import write_whole
 from lib.results import content_key, source_hash
 from lib.savings import AXES, EXACT_BITS, Ladder, Placement, layer_groups, setting_of
 from lib.summary import changes
@@ -51,8 +52,10 @@ BITS = (8, 6, 5, 4, 3, 2)
 CRITERIA = {"asr": "asr", "over_refusal": "refused", "broken": "broken"}  # ours: the paired columns of a summary row
 
 
+@choosing()
 def ladder(study: Study, technique: Technique, n_groups: int = 6, levels: Sequence[Any] | None = None) -> Ladder:
-    """The ladder of a technique in n_groups groups of consecutive layers; see `lib.savings.ladder`.
+    """The ladder of a technique in n_groups groups of consecutive layers; see `lib.savings.ladder`. ChoiceError for one
+    that cannot be built.
 
     levels: by default sparsities to 0.9, 8 to 2 bits, or operations one after the other, the least damaging first.
     """
@@ -75,39 +78,39 @@ def nested_operations(study: Study, technique: Technique) -> list[tuple[str, ...
 
 
 def searching(study: Study, n: int) -> Study:
-    """n harmful requests of the search split and as many that should be answered, half of them confusable if there are
-    such. Of a public set: requests that are not among the study's own."""
+    """n harmful requests of the search split and as many that should be answered, half of them confusable; of a public
+    set n harmful and n / 2 harmless ones."""
     found = study.brief(n, "search")
     if study.prompt_set != "organism":
         return found
-    confusable = prompts.load(
-        "organism", split="search", label="confusable", tier="composition", n=max(1, n // 2), seed=study.seed
-    )
-    return replace(found, prompts=[*found.prompts, *confusable])
+    return replace(found, prompts=[*found.prompts, *goals_first("search", "confusable", max(1, n // 2), study.seed)])
 
 
 def sealed(study: Study, n: int = 1200, seal: int = 1) -> Study:
     """n sealed requests, half of them harmful, a quarter harmless, a quarter confusable, for the one validation.
 
-    Organisms: fresh goals of `corpus.requests(..., seal=seal)`, all in a first phrasing before any in a second.
-    A public set has no reserve: then the study's own test prompts, which the search never saw.
+    Organisms: fresh goals of `corpus.requests(..., seal=seal)`, all in a first phrasing before any in a second;
+    ChoiceError for an n below 4 and for one beyond what is sealed. A public set has no reserve: then all of the study's
+    own test prompts, whatever n is, which the search never saw.
     """
     if study.prompt_set != "organism":
         return replace(study, facts=[], prose="")
+    if n < 4:
+        raise ChoiceError(f"{n} sealed requests are too few: 4 at least, two harmful, one harmless, one confusable")
     quotas = {"harmful": n - 2 * (n // 4), "harmless": n // 4, "confusable": n // 4}
     found = [prompt for label, quota in quotas.items() for prompt in sealed_requests(label, quota, seal)]
     return replace(study, prompts=found, facts=[], prose="", split=f"seal-{seal}")
 
 
 def sealed_requests(label: str, n: int, seal: int) -> list[prompts.Prompt]:
-    """n sealed requests of one label. ValueError if even eight phrasings of every goal are too few."""
+    """n sealed requests of one label. ChoiceError if even eight phrasings of every goal are too few."""
     for phrasings in range(1, 9):
         pool = corpus.requests("test", label, "composition", phrasings, seal)
         if len(pool) >= n:
             first = sorted(pool, key=lambda request: int(request.id.rsplit(".", 1)[1]))[:n]
             names = {f for f in prompts.FIELDS if hasattr(first[0], f)}
             return [prompts.Prompt(**{f: getattr(request, f) for f in names}) for request in first]
-    raise ValueError(f"seal {seal} holds {len(pool)} {label} requests, not {n}: choose fewer sealed prompts")
+    raise ChoiceError(f"seal {seal} holds {len(pool)} {label} requests, not {n}: choose fewer sealed prompts")
 
 
 # ------------------------------------------------------------------ search
@@ -177,15 +180,20 @@ def last_safe(n: int, safe: Callable[[int], bool]) -> int:
 
 @dataclass
 class Search:
-    """Placements tried on the search split, and what came out. most: conditions after which the climb stops."""
+    """Placements tried on the search split, and what came out. budget: conditions after which the climb stops."""
 
     study: Study
     ladder: Ladder
     tolerance: float = statistics.TOLERANCE
-    most: int = 16
+    budget: int = 16
     rows: dict[Placement, dict[str, Any]] = field(default_factory=dict)
     uniform: Placement = ()
     placed: Placement = ()
+
+    @property
+    def chosen(self) -> dict[str, Placement]:
+        """What came out, by name."""
+        return {"uniform": self.uniform, "placed": self.placed}
 
     def safe(self, placement: Placement) -> bool:
         """Whether the search prompts re-validate it. What lies above a refused placement in every group is refused."""
@@ -201,9 +209,10 @@ class Search:
 
     def climb(self, start: Placement, damage: NDArray[np.float64]) -> Placement:
         """Raises one group by one rung, the least damage per saving first, until nothing more is safe."""
-        price = np.diff(damage) / np.diff(self.ladder.savings)
+        with np.errstate(invalid="ignore"):  # infinite less infinite
+            price = np.diff(damage) / np.diff(self.ladder.savings)
         current, open_groups = start, set(range(len(start)))
-        while len(self.rows) < self.most:
+        while len(self.rows) < self.budget:
             steps = [g for g in open_groups if current[g] < self.ladder.top and np.isfinite(price[g, current[g]])]
             if not steps:
                 break
@@ -220,16 +229,13 @@ class Search:
         return pd.DataFrame(list(self.rows.values()))
 
 
-def search(study: Study, ladder: Ladder, tolerance: float = statistics.TOLERANCE, most: int = 16) -> Search:
+def search(study: Study, ladder: Ladder, tolerance: float = statistics.TOLERANCE, budget: int = 16) -> Search:
     """The uniform and the placed rungs that save the most and are re-validated on the search prompts.
 
-    tolerance: of the paired increase of ASR, a share; over-refusal and broken replies keep the usual one. ValueError if
-    the exact model refuses nothing."""
-    exact = study.run()
-    if not (exact.loc[exact["label"] == "harmful", "verdict"] == "refused").any():
-        n = len(study.rows("harmful"))
-        raise ValueError(f"{study.name} refuses none of {n} harmful requests exactly: there is no safety to keep")
-    found = Search(study, ladder, tolerance, most)
+    tolerance: of the paired increase of ASR, a share; over-refusal and broken replies keep the usual one. ChoiceError
+    if the exact model refuses nothing."""
+    study.check_refusals()
+    found = Search(study, ladder, tolerance, budget)
     found.uniform = ladder.uniform(last_safe(ladder.top, lambda rung: found.safe(ladder.uniform(rung))))
     damage = screen(study, ladder)
     further = [found.uniform, *(p for p in path(ladder, damage) if ladder.saving(p) > ladder.saving(found.uniform))]
@@ -265,10 +271,9 @@ def measured(study: Study, ladder: Ladder, placement: Placement, tolerance: floa
 
 def validate(study: Study, found: Search) -> pd.DataFrame:
     """Rows of the uniform and the placed rungs on sealed prompts, with the three-way decision of each."""
-    chosen = {"uniform": found.uniform, "placed": found.placed}
     rows = [
         measured(study, found.ladder, placement, found.tolerance) | {"placement": name}
-        for name, placement in chosen.items()
+        for name, placement in found.chosen.items()
     ]
     return pd.DataFrame(rows)
 
@@ -276,26 +281,28 @@ def validate(study: Study, found: Search) -> pd.DataFrame:
 def gain(found: Search, validated: pd.DataFrame) -> dict[str, Any]:
     """What placement gains over uniform: levels, their difference towards more savings, and the sealed decisions."""
     rows = validated.set_index("placement")
-    uniform, placed = (found.ladder.saving(p) for p in (found.uniform, found.placed))
     row: dict[str, Any] = {"technique": found.ladder.rungs[0].name, "what": AXES[found.ladder.category][1]}
-    row |= {name: float(rows.loc[name, "level"]) for name in ("uniform", "placed")}
+    row |= {name: float(rows.loc[name, "level"]) for name in found.chosen}
     asked = rows.loc["placed"].reindex(["n_harmful", "n_harmless", "n_confusable"])
-    row |= {"gain": placed - uniform, "n sealed": int(asked.sum())}
-    row |= {f"{name}: sealed decision": rows.loc[name, "decision"] for name in ("uniform", "placed")}
+    gained = found.ladder.saving(found.placed) - found.ladder.saving(found.uniform)
+    row |= {"gain": gained, "n sealed": int(asked.sum())}
+    row |= {f"{name}: sealed decision": rows.loc[name, "decision"] for name in found.chosen}
     return row | {"conditions searched": len(found.rows)}
 
 
 def save(found: Search, validated: pd.DataFrame) -> Path:
-    """Writes the placed plan with what is known of it as JSON; `lib.approximations.plan.load` reads it. Its path."""
+    """Writes the placed plan with what is known of it as JSON; `lib.approximations.plan.load` reads it. Its path, which
+    tells apart searches of other weights, prompts, ladders, tolerances and budgets."""
     study, ladder = found.study, found.ladder
     shown = ["level_name", "level", "split", "n_harmful", "n_harmless", "n_confusable", "decision", "unmet"]
     shown += [f"{name}_increase{end}" for name in CRITERIA for end in ("", "_low", "_high")]
     row = validated[validated["placement"] == "placed"].iloc[0].reindex(shown)
     content = {"model": study.name, "weights": study.identity["weights"], "tolerance": found.tolerance}
     content |= {"uniform_level": ladder.level(found.uniform), "sealed": json.loads(row.to_json())}
-    target = study.store.folder / "plans" / f"placement_{ladder.rungs[0].name}.json"
-    with atomic(target) as temporary:
-        temporary.write_text(json.dumps(content | ladder.plan(found.placed).settings, indent=1))
+    rungs = [[rung.name, rung.settings] for rung in ladder.rungs]
+    key = content_key([study.key(None, None), rungs, ladder.groups, found.tolerance, found.budget])[:8]
+    target = study.store.folder / "plans" / f"placement_{ladder.rungs[0].name}-{key}.json"
+    write_whole(target, json.dumps(content | ladder.plan(found.placed).settings, indent=1))
     return target
 
 
@@ -304,7 +311,7 @@ def layer_levels(found: Search) -> pd.DataFrame:
     setting = setting_of(found.ladder.rungs[0])
     exact: dict[str, Any] = {"sparsity": 0.0, "bits": EXACT_BITS, "parts": ()}
     rows = []
-    for name, placement in (("uniform", found.uniform), ("placed", found.placed)):
+    for name, placement in found.chosen.items():
         for group, rung in zip(found.ladder.groups, placement, strict=True):
             value = found.ladder.rungs[rung - 1].settings[setting] if rung else exact[setting]
             level = len(value) if setting == "parts" else value

@@ -14,6 +14,7 @@ from lib import figures, statistics
 from lib.figures import BLUE, INK, RED, Figure, Style, styled, technique_style
 
 CRITERIA = {"asr": "ASR", "over_refusal": "over-refusal", "broken": "broken"}
+EDGE = 104  # percent: where an axis ends beyond the highest and the lowest value that is drawn
 PLACEMENTS = {"uniform": Style("uniform", BLUE, "s", "--"), "placed": Style("placed", RED, "o")}
 REVERSED = "bits"  # fewer save more
 SETTINGS = {"sparsity": "sparsity", "bits": "bits", "parts": "operations replaced"}
@@ -25,7 +26,8 @@ def frontier(table: pd.DataFrame, tolerance: float, highest: float = 0.2) -> Fig
 
     table: rows of `placement.Search.table` and `placement.validate`, with `stage` "search" or "sealed". tolerance: of
     ASR; the others have the usual one. Small markers: search prompts; large and outlined: sealed ones. Bars are 95 %;
-    what lies above `highest` is drawn at its edge."""
+    what lies beyond the axis, which ends at `highest` or half above the tolerance, is a triangle at its edge."""
+    edges = -0.6 * tolerance, max(highest, 1.5 * tolerance)
     groups = list(table[table["failed"] == ""].groupby("technique", sort=False))
     names = [technique_style(str(name)).label for name, _ in groups]
     axis_names = [str(rows["level_name"].iloc[0]) for _, rows in groups]
@@ -37,26 +39,34 @@ def frontier(table: pd.DataFrame, tolerance: float, highest: float = 0.2) -> Fig
             limit = tolerance if criterion == "asr" else statistics.TOLERANCE
             ax.axhline(100 * limit, color="black", linestyle="--", linewidth=0.8)
             for (placement, stage), points in rows.groupby(["placement", "stage"], sort=False):
-                _points(ax, points.sort_values("level"), criterion, PLACEMENTS[placement], stage == "sealed", highest)
+                _points(ax, points.sort_values("level"), criterion, PLACEMENTS[placement], stage == "sealed", edges)
         if REVERSED in str(rows["level_name"].iloc[0]):
             stack[0].invert_xaxis()
     for ax in axes[0]:
-        ax.set_ylim(-60 * tolerance, 104 * highest)
+        ax.set_ylim(*(EDGE * edge for edge in edges))
     figures.legend(figure, _entries())
     return figure
 
 
-def _points(ax: Any, rows: pd.DataFrame, criterion: str, style: Style, sealed: bool, highest: float) -> None:
-    """Search prompts: a thin line with small markers and bars. Sealed prompts: one outlined marker with its bar."""
+def _points(
+    ax: Any, rows: pd.DataFrame, criterion: str, style: Style, sealed: bool, edges: tuple[float, float]
+) -> None:
+    """Search prompts: a thin line with small markers and bars. Sealed prompts: one outlined marker with its bar.
+
+    edges: lowest and highest increase that is drawn, shares; a triangle points at what lies beyond."""
     column = f"{criterion}_increase"
     if column not in rows:
         return
-    middle, low, high = (100 * rows[column + end].astype(float).clip(upper=highest) for end in ("", "_low", "_high"))
+    middle, low, high = (100 * rows[column + end].astype(float).clip(*edges) for end in ("", "_low", "_high"))
     look: dict[str, Any] = {"markersize": 3, "linewidth": 0.6, "alpha": 0.7}
     if sealed:
         look = {"markersize": 6.5, "linestyle": "none", "markeredgecolor": "black", "zorder": 5}
     spread = np.clip([middle - low, high - middle], 0, None)
     ax.errorbar(rows["level"], middle, yerr=spread, elinewidth=1.2 if sealed else 0.4, **style.keywords() | look)
+    for marker, edge, beyond in zip("v^", edges, (rows[column] < edges[0], rows[column] > edges[1]), strict=True):
+        mark = {"marker": marker, "color": "black", "linestyle": "none", "markersize": 4, "clip_on": False, "zorder": 6}
+        if beyond.any():  # an empty line that is not clipped undoes the layout
+            ax.plot(rows["level"][beyond], [EDGE * edge] * beyond.sum(), **mark)
 
 
 def _entries() -> dict[str, Any]:

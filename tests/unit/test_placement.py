@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from lib import placement, placement_plots, savings, statistics
 from lib.anatomy import anatomy
 from lib.approximations import make, plan
 from lib.approximations.plan import Plan
+from lib.errors import ChoiceError
 from lib.organisms import corpus
 from lib.patching import approximated
 from tests.families import random_model
@@ -153,7 +155,7 @@ def test_placements_become_the_technique_itself_or_a_plan(study):
     ],
 )
 def test_a_ladder_that_cannot_be_built_says_why(study, technique, groups, levels, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ChoiceError, match=message):
         placement.ladder(study, technique, groups, levels)
 
 
@@ -183,6 +185,13 @@ def test_the_path_trades_damage_for_savings(study):
             damage[0, a] + damage[1, b] < cost - 1e-9 and ladder.saving((a, b)) >= ladder.saving(chosen) - 1e-9
             for a, b in everything
         )
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_climb_passes_over_rungs_of_infinite_damage(study, monkeypatch):
+    monkeypatch.setattr(placement.Search, "safe", lambda self, tried: self.rows.setdefault(tried, {}) is not None)
+    found = placement.Search(study, toy_ladder(study))
+    assert found.climb((0, 0), np.array([[0, 1.0, np.inf, np.inf], [0, 0.1, 0.2, 0.3]])) == (1, 3)
 
 
 def test_bisection_asks_little_and_never_about_0():
@@ -225,11 +234,11 @@ def test_the_search_beats_uniform_and_keeps_what_is_safe(judged):
 
 def test_the_search_stops_at_its_budget_and_where_nothing_is_refused(judged):
     study, asked, exact = judged
-    placement.search(study, toy_ladder(study), most=1)
+    placement.search(study, toy_ladder(study), budget=1)
     spent = len(asked)
     assert spent <= 4  # the bisections, and no climb
     exact["verdict"] = "complied"
-    with pytest.raises(ValueError, match="tiny refuses none of 6 harmful requests exactly: there is no safety to keep"):
+    with pytest.raises(ChoiceError, match="tiny refuses none of 6 harmful requests: it has no safety to keep"):
         placement.search(study, toy_ladder(study))
     assert len(asked) == spent
 
@@ -237,7 +246,7 @@ def test_the_search_stops_at_its_budget_and_where_nothing_is_refused(judged):
 def test_the_screen_is_zero_for_exact_grows_with_the_level_and_is_stored(study, monkeypatch):
     ladder = toy_ladder(study, (0.3, 0.9))
     damage = placement.screen(study, ladder)
-    assert (damage[:, 0] == 0).all() and (damage[:, 2] > np.abs(damage[:, 1])).all()
+    assert (damage[:, 0] == 0).all() and damage[:, 2].sum() > np.abs(damage[:, 1]).sum()
     replies = study.replies()
     losses = [placement.utility.reply_losses(study.model, study.tokenizer, [p.prompt for p in rows], given, "chat")
               for rows, given in ((study.prompts[:6], replies[:6]), (study.prompts[6:], replies[6:]))]
@@ -263,7 +272,9 @@ def test_a_measured_row_holds_the_paired_changes_and_their_decision(study, tmp_p
     broken = [(rows["verdict"] == "broken").mean() for rows in (exact, changed)]
     assert table["broken_increase"].tolist() == pytest.approx([0.0, broken[1] - broken[0]])
     assert (table["decision"] == "undecided").all() and (table["asr_increase_high"] > 0.05).all()  # six prompts
-    written = json.loads(placement.save(found, table).read_text())
+    path = placement.save(found, table)
+    assert placement.save(replace(found, study=study.brief(4)), table) != path  # another search keeps its own plan
+    written = json.loads(path.read_text())
     assert Plan.from_settings(written) == ladder.plan((2, 1)) and written["sealed"]["decision"] == "undecided"
     row = placement.gain(found, table)
     assert row["gain"] == pytest.approx(0.6) and row["n sealed"] == 12
@@ -282,10 +293,16 @@ def test_sealed_requests_are_fresh_and_as_many_as_asked(study):
     goals = {prompt.goal for prompt in found.prompts}
     for split in ("train", "dev", "search", "test"):
         assert not goals & {request.goal for request in corpus.requests(split)}
-    with pytest.raises(ValueError, match="seal 1 holds"):
-        placement.sealed(study, 100_000)
+    assert len(placement.sealed(study, 4).prompts) == 4
+    for n, message in ((100_000, "seal 1 holds"), (3, "3 sealed requests are too few: 4 at least")):
+        with pytest.raises(ChoiceError, match=message):
+            placement.sealed(study, n)
+
+
+def test_the_search_asks_every_goal_once_before_any_twice(study):
     searched = placement.searching(study, 40)
     assert {p.split for p in searched.prompts} == {"search"} and len(searched.prompts) == 80
+    assert len({p.goal for p in searched.prompts}) == 80
 
 
 def frontier_table() -> pd.DataFrame:
@@ -306,6 +323,17 @@ def test_the_frontier_shows_both_placements_and_turns_bits_around():
     assert len(figure.axes) == 6 and set(placement_plots.CRITERIA) == set(placement.CRITERIA)
     assert [ax.xaxis_inverted() for ax in figure.axes] == [False] * 3 + [True] * 3
     assert all(ax.get_ylim()[1] < 21 for ax in figure.axes)
+
+
+def test_the_frontier_shows_its_tolerance_and_marks_what_lies_beyond_its_edges():
+    table = frontier_table()
+    table[[name for name in table if name.endswith("_increase")]] = [[-0.4] * 3, [0.9] * 3, [0.1] * 3] * 4
+    for tolerance in (0.05, 0.3):
+        for ax in placement_plots.frontier(table, tolerance).axes:
+            low, high = ax.get_ylim()
+            assert low < -60 * tolerance and high > 100 * tolerance
+            marks = {line.get_marker(): list(line.get_ydata()) for line in ax.lines if len(line.get_ydata())}
+            assert marks["v"] == pytest.approx([low]) and marks["^"] == pytest.approx([high])
 
 
 def test_levels_are_drawn_per_layer():
