@@ -14,8 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.errors import ChoiceError, PlainError
+from lib.patching import engaged
 
-class HarnessMissing(ImportError):
+
+class HarnessMissing(PlainError, ImportError):
     """lm-evaluation-harness is not installed; the message says how to get it."""
 
 
@@ -31,7 +34,8 @@ def evaluate(
     """{task: {metric: value, with its standard error}} of the model as it is now, patched or not.
 
     num_fewshot: None takes the task's own. limit: documents per task. task_folder: own tasks as YAML files, used
-    instead of the stock ones. Raises HarnessMissing, and ValueError for a task the harness does not know.
+    instead of the stock ones. One document at a time where a token's result depends on its row: the harness pads on the
+    right and passes no mask. Raises HarnessMissing, and ChoiceError for a task the harness does not know.
     """
     try:
         from lm_eval import simple_evaluate
@@ -43,9 +47,10 @@ def evaluate(
     manager = TaskManager(include_path=own, include_defaults=own is None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise ValueError(f"unknown task {', '.join(unknown)}; see 'lm_eval ls tasks'")
+        raise ChoiceError(f"unknown task {', '.join(unknown)}; see 'lm_eval ls tasks'")
+    techniques = [technique for technique, _ in engaged(model) if technique]
+    if any(technique.whole_prompt or not technique.per_token for technique in techniques):
+        batch_size = 1
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, device=str(model.device), batch_size=batch_size)
-    results = simple_evaluate(
-        wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=0
-    )
+    results = simple_evaluate(wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager)
     return results["results"]

@@ -28,7 +28,9 @@ metric_list:
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness (requirements-extra.txt) is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     from lib.organisms import corpus
 
     rows = []
@@ -41,13 +43,22 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_local_task_runs_on_the_exact_and_on_the_patched_model(folder, monkeypatch):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness (requirements-extra.txt) is not installed")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+def test_a_local_task_runs_on_the_exact_and_on_the_patched_model(folder):
     model, tokenizer = models.load("tiny-llama")
-    exact = evaluate(model, tokenizer, ["local_facts"], task_folder=folder)["local_facts"]["acc,none"]
+    exact = evaluate(model, tokenizer, ["local_facts"], task_folder=folder)["local_facts"]
     with approximated(model, make("gaussian", std=5.0)):
-        ruined = evaluate(model, tokenizer, ["local_facts"], task_folder=folder)["local_facts"]["acc,none"]
-    assert exact > 0.5 > ruined
+        ruined = evaluate(model, tokenizer, ["local_facts"], task_folder=folder)["local_facts"]
+    assert exact["acc,none"] > 0.5 > ruined["acc,none"] and 0 < ruined["acc_stderr,none"] < 0.1
     with pytest.raises(ValueError, match="unknown task local_fact"):
         evaluate(model, tokenizer, ["local_fact"], task_folder=folder)
+
+
+@pytest.mark.parametrize(("prompt", "alone"), [("last_half", True), ("all", False)])
+def test_padding_is_not_read_as_a_part_of_the_prompt(folder, prompt, alone):
+    model, tokenizer = models.load("tiny-llama")
+    rows: list[int] = []
+    handle = model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    with approximated(model, make("teal", prompt=prompt, thresholds="paper")):
+        evaluate(model, tokenizer, ["local_facts"], limit=8, task_folder=folder)
+    handle.remove()
+    assert (set(rows) == {1}) is alone
