@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib.approximations import cats, teal
+from lib.approximations import cats, make, teal
 from lib.approximations.cats import Cats
 from lib.approximations.teal import PAPER_THRESHOLDS, Teal, Trace
 from lib.approximations.technique import Step, Technique
@@ -382,6 +382,9 @@ def test_settings_are_checked() -> None:
     for settings in ({"sparsity": 1.0}, {"allocation": "best"}, {"prompt": "first"}, {"thresholds": "mine"}):
         with pytest.raises(ValueError, match=r"teal: .* is not valid"):
             Teal(**settings)
+    for name, wrong in (("teal", {"sparsity": "0.5"}), (["teal"], {})):
+        with pytest.raises(ValueError, match=r"are not valid settings|unknown technique"):
+            make(name, **wrong)
     with pytest.raises(ValueError, match="paper"):
         Teal(allocation="greedy", thresholds="paper")
     with pytest.raises(ValueError, match=r"cats: sparsity=-0\.5"):
