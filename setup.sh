@@ -84,7 +84,7 @@ make_environment() {
     "$base" -m venv "${fresh[@]}" "$venv" || fail "cannot make a virtual environment in $venv"
     touch "$venv/unfinished" && rm -f "$venv/stamp"
     : >"$venv/set-up.log"
-    echo "set-up 2/3: $(grep -c '==' "$root/requirements.txt") packages (about 5 minutes)"
+    echo "set-up 2/3: $(grep -c '==' "$root/requirements.txt") packages (some minutes)"
     install -r "$root/requirements.txt"
     echo "set-up 3/3: this project"
     install --no-deps -e "$root"

@@ -1,4 +1,4 @@
-"""Full-size speed on one GPU, as one table, within 8 minutes: random weights in the shape of Llama-3.1-8B, bf16.
+"""Full-size speed on one GPU, as one table: random weights in the shape of Llama-3.1-8B, bf16.
 
     python benchmarks/gpu.py            needs torch, transformers and a card with 40 GB; writes gpu.md beside this file
     python benchmarks/gpu.py --tiny     the same lines of code on a CPU and a toy model; writes nothing

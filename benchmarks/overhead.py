@@ -3,8 +3,8 @@
     python benchmarks/overhead.py [--model tiny-llama] [--rounds 5] [--only teal cats]
 
 One process decodes the same 64 prompts with the exact and with the patched model in turn; a ratio is the median over
-rounds of exact time / patched time, so that a busy machine slows both sides. Without the organism a random Llama of the
-same size stands in. Prints a Markdown table and, for a whole run, writes it to overhead.md beside this file.
+rounds of exact time / patched time, so that a busy machine slows both sides. Prints a Markdown table and, for a whole
+run, writes it to overhead.md beside this file.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lib import models
 from lib.approximations import Technique, make
-from lib.calibration import SHORT_WINDOWS, Calibration, window_length, windows
+from lib.calibration import Calibration, window_length, windows
+from lib.experiment import describe
 from lib.generation import greedy
 from lib.organisms import corpus
-from lib.organisms.architectures import ARCHITECTURES
 from lib.patching import approximated
 
 ROWS, PROMPT, NEW = 64, 24, 40
@@ -62,19 +62,6 @@ CASES: tuple[tuple[Technique, float], ...] = (
 """Technique and the least ratio aimed at: light for real arithmetic on activations, heavy for softmax, norm, rings."""
 
 
-def subject(name: str) -> tuple[PreTrainedModel, Tensor, str]:
-    """(model, calibration windows [windows, length], what it is)."""
-    if name in models.organisms():
-        model, tokenizer = models.load(name, "cpu", "float32")
-        ids = windows(tokenizer, corpus.prose("train", 400), window_length(model))
-        return model, ids, f"organism {name}"
-    torch.manual_seed(0)
-    config = ARCHITECTURES[name]
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    length = window_length(model)
-    return model, torch.randint(3, config.vocab_size, (SHORT_WINDOWS, length)), f"random weights in the shape of {name}"
-
-
 def seconds(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
@@ -95,12 +82,6 @@ def ratio(model: PreTrainedModel, ids: Tensor, technique: Technique, state: Any,
     return statistics.median(ratios)
 
 
-def label(technique: Technique) -> str:
-    default = type(technique)().settings
-    changed = [f"{name}={value!r}" for name, value in technique.settings.items() if value != default[name]]
-    return " ".join([technique.name, *changed])
-
-
 def verdict(met: bool) -> str:
     return "met" if met else "missed"
 
@@ -113,7 +94,7 @@ def overheads(model: PreTrainedModel, ids: Tensor, rounds: int, only: list[str])
             continue
         state = technique.fit(measured) if technique.needs_calibration else None
         found = ratio(model, ids, technique, state, rounds)
-        lines.append(f"| {label(technique)} | {found:.2f} | {aim:.2f} | {verdict(found >= aim)} |")
+        lines.append(f"| {describe(technique)} | {found:.2f} | {aim:.2f} | {verdict(found >= aim)} |")
         print(lines[-1], flush=True)
     return lines
 
@@ -132,19 +113,14 @@ def preparations(model: PreTrainedModel, ids: Tensor) -> list[str]:
     return ["| preparation | seconds | aim | |", "|---|---:|---:|---|", *rows]
 
 
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny-llama", choices=list(ARCHITECTURES))
+    parser.add_argument("--model", default="tiny-llama", choices=models.organisms())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="names of techniques; no file is written")
     options = parser.parse_args()
-    model, ids, what = subject(options.model)
+    model, tokenizer = models.load(options.model, "cpu", "float32")
+    ids = windows(tokenizer, corpus.prose("train", 400), window_length(model))  # [windows, length]
     model.generation_config.eos_token_id = []  # every row decodes all its tokens
     with tempfile.TemporaryDirectory() as folder:
         os.environ["APPROX_CACHE"] = folder
@@ -153,8 +129,9 @@ def main() -> None:
     if options.only:
         return
     about = (
-        f"{date.today()}, {what}, float32. torch {version('torch')}, transformers {version('transformers')}, "
-        f"{cpu()}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} of {os.cpu_count()} CPUs. "
+        f"{date.today()}, organism {options.model}, float32. torch {version('torch')}, transformers "
+        f"{version('transformers')}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} "
+        f"thread(s), load {os.getloadavg()[0]:.1f} of {os.cpu_count()} CPUs. "
         f"{ROWS} prompts of {PROMPT} tokens, {NEW} new tokens; median of {options.rounds} alternations."
     )
     report = "\n".join(["# Cost of each technique", "", about, "", *table, ""])
