@@ -1,21 +1,21 @@
 """Figures of the defence: damage by prefix, outcomes before and after by dose, and rates side by side.
 
-Before is dashed with open markers, after is solid and filled; rates are shares of prompts, drawn in percent.
+Undefended has open markers, defended filled ones; rates are shares of prompts, drawn in percent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from lib import figures
-from lib.figures import INK, OUTCOMES, Figure, styled
+from lib.figures import INK, OUTCOMES, Figure, Style, styled
 from lib.plots import ASR
 
-BEFORE_AFTER = ("asr", "harmless_answered")
+UNDEFENDED = Style("undefended", "#777777", "o", "--", hollow=True)
 
 
 @styled
@@ -37,24 +37,27 @@ def prefixes(table: pd.DataFrame, tau: int) -> Figure:
 
 @styled
 def before_and_after(table: pd.DataFrame) -> Figure:
-    """ASR and harmless answered against the level, undefended and defended; a panel per technique and variant."""
+    """Harmless answered (top) and ASR (bottom) against the level, undefended and defended; a stack per series.
+
+    Single conditions are left to the table wherever a series has several levels."""
     rows = figures.approximated(table)
-    groups = list(rows.groupby(["technique", "variant"], sort=False))
-    names = [", ".join(filter(None, (figures.technique_style(name).label, variant))) for (name, variant), _ in groups]
+    every = list(figures.series(rows, ["technique", "variant"]))
+    groups = [(key, group) for key, group in every if len(group) > 1] or every
     labels = [group["level_name"].iloc[0] for _, group in groups]
-    figure, axes = figures.panels(names, labels, ["requests (%)"], (1.4,), columns=3, share="y")
-    entries: dict[str, Any] = {}
-    for ax, (_, group) in zip(axes[:, 0], groups, strict=True):
-        group = group.sort_values("level")
-        for measure in BEFORE_AFTER:
-            style = OUTCOMES[measure]
-            for when, line, fill in (("before", "--", "white"), ("after", "-", style.colour)):
-                look: dict[str, Any] = {"linestyle": line, "markerfacecolor": fill, "markeredgecolor": style.colour}
-                figures.curve(ax, group, "level", f"{measure}_{when}", style, **look)
-                entries[f"{style.label}, {when}"] = figures.line(**style.keywords() | look)
-        entries |= figures.failures(ax, group)
-        figures.level_axis(ax, group["level"], reverse="bits" in group["level_name"].iloc[0])
+    y_labels = ["harmless\nanswered (%)", ASR]
+    names = [figures.series_name(*key) for key, _ in groups]
+    figure, axes = figures.panels(names, labels, y_labels, (0.65, 0.65), columns=3, share="y")
+    entries = figures.handles([UNDEFENDED])
+    for stack, label, (_, group) in zip(axes, labels, groups, strict=True):
+        for ax, measure in zip(stack, ("harmless_answered", "asr"), strict=True):
+            defended = replace(OUTCOMES[measure], label=f"defended, {OUTCOMES[measure].label}", line="-")
+            figures.curve(ax, group, "level", f"{measure}_before", UNDEFENDED)
+            figures.curve(ax, group, "level", f"{measure}_after", defended)
+            entries |= figures.handles([defended])
+        entries |= figures.failures(stack[0], group)
+        figures.level_axis(stack[0], group["level"], label)
     figures.rate_axis(axes[0, 0].yaxis)
+    figures.rate_axis(axes[0, 1].yaxis, rows[["asr_before_high", "asr_after_high"]])
     figures.legend(figure, entries)
     return figure
 
@@ -63,7 +66,7 @@ def before_and_after(table: pd.DataFrame) -> Figure:
 def rates(table: pd.DataFrame, category: str, series: str, measures: Sequence[str] = ("asr",)) -> Figure:
     """Rates with 95 % bars, a row per `category`, a marker per `series`; a panel per measure (a column of shares)."""
     categories, names = table[category].unique().tolist(), table[series].unique().tolist()
-    styles = {name: figures.series_style(str(name), i) for i, name in enumerate(names)}
+    styles = _styles(names)
     height = (0.13 * len(categories) * max(2, len(names)) + 0.3,)
     titles = {"asr": "ASR", "harmless_answered": "harmless answered", "confusable_answered": "confusable answered"}
     panel_names = [titles.get(measure, measure) for measure in measures]
@@ -75,10 +78,22 @@ def rates(table: pd.DataFrame, category: str, series: str, measures: Sequence[st
         for name, style in styles.items():
             rows = table[(table[series] == name) & table[measure].notna()]
             places = rows.assign(place=[categories.index(c) + offsets[name] for c in rows[category]])
-            figures.bars(ax, places, measure, "place", style, "x", linestyle="none")
+            figures.bars(ax, places, measure, "place", style, "x", markersize=4.5)
         ax.set_yticks(range(len(categories)), [str(c) for c in categories])
         ax.set_ylim(len(categories) - 0.5, -0.5)
         figures.rate_axis(ax.xaxis, table[f"{measure}_high"])
-    entries = {s.label: figures.line(color=s.colour, marker=s.marker, linestyle="none") for s in styles.values()}
-    figures.legend(figure, entries)
+    figures.legend(figure, figures.handles(list(styles.values())))
     return figure
+
+
+def _styles(names: Sequence[str]) -> dict[str, Style]:
+    """Markers by name; "undefended, exact" and "defended, exact" differ only in that the first is hollow."""
+    kinds = list(dict.fromkeys(name.split(", ")[-1] for name in names))
+    return {
+        name: replace(
+            figures.series_style(name, kinds.index(name.split(", ")[-1])),
+            line="none",
+            hollow=name.startswith("undefended, "),
+        )
+        for name in names
+    }

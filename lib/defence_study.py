@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lib import noise_study, statistics
+from lib import grids, noise_study, statistics
 from lib.approximations import OPERATIONS, Technique
 from lib.defence import HELD_OUT, defend
-from lib.experiment import EXACT, Condition, Layers, Study, describe, grid
+from lib.experiment import EXACT, Condition, Layers, Study, describe
 from lib.registry import smoothing_alpha
 
 if TYPE_CHECKING:
@@ -30,41 +30,15 @@ MEASURES = ("asr", "harmless_answered", "confusable_answered", "broken_rate", "a
 DESCRIPTION = ("model", "technique", "label", "variant", "level", "level_name")
 COUNTS = ("n_harmful", "n_harmless", "n_confusable")
 
-SYSTEMS = ("iron", "bolt", "bumblebee", "nexus")
-SPARSITIES = (0.1, 0.25, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
-BITS = (8, 6, 5, 4, 3, 2)
-FRACTION_BITS, DEGREES = (12, 8, 6, 5, 4, 3), (4, 3, 2, 1)
-EPOCHS = 10
+
+def every_condition(model: str, epochs: int = grids.EPOCHS) -> list[Condition]:
+    """Every technique and level of notebooks 01 to 03; model: decides SmoothQuant's alpha, epochs: of OmniQuant's
+    training."""
+    quantization = grids.quantization(smoothing_alpha(model), epochs=epochs)
+    return [*grids.polynomialization(), *grids.sparsification(), *quantization]
 
 
-def every_condition(model: str, epochs: int = EPOCHS) -> list[Condition]:
-    """Every technique and level of the default grids of notebooks 01 to 03 (a test compares them); model: decides
-    SmoothQuant's alpha, epochs: of OmniQuant's training."""
-    alpha = smoothing_alpha(model)
-    parts = [*((name,) for name in OPERATIONS), OPERATIONS]
-    found = [c for name in SYSTEMS for c in grid(name, "parts", parts=parts)]
-    found += [c for name in SYSTEMS for c in grid(name, "published", published=[True])]
-    found += grid("bolt", "fraction bits", fraction_bits=FRACTION_BITS)
-    found += grid("bolt", "degree", None, {"parts": ("activation",), "arithmetic": "real"}, degree=DEGREES)
-    treatments = {
-        "last half of prompt": ({"prompt": "last_half"}, SPARSITIES),
-        "whole prompt": ({"prompt": "all"}, SPARSITIES),
-        "greedy, whole prompt": ({"prompt": "all", "allocation": "greedy"}, SPARSITIES[3::3]),
-        "paper thresholds": ({"prompt": "all", "thresholds": "paper"}, SPARSITIES[1:4:2]),
-        "decoding only": ({"prompt": "decode"}, SPARSITIES[3::3]),
-    }
-    for variant, (fixed, levels) in treatments.items():
-        found += grid("teal", variant, None, fixed, sparsity=levels)
-    found += grid("cats", "", sparsity=SPARSITIES[1::2])
-    found += grid("smoothquant", "per token", None, {"alpha": alpha}, bits=BITS)
-    found += grid("smoothquant", "per tensor, static", None, {"alpha": alpha, "per": "static"}, bits=BITS)
-    found += grid("smoothquant", "per tensor, dynamic", None, {"alpha": alpha, "per": "tensor"}, bits=BITS[1::2])
-    found += grid("smoothquant", "plain rounding", None, {"smooth": False}, bits=BITS[1:])
-    found += grid("omniquant", "learned", None, {"epochs": epochs}, bits=BITS)
-    return found + grid("omniquant", "plain rounding", None, {"smooth": False}, bits=BITS[3:])
-
-
-def main_conditions(model: str, epochs: int = EPOCHS) -> list[Condition]:
+def main_conditions(model: str, epochs: int = grids.EPOCHS) -> list[Condition]:
     """One curve per technique: those of `every_condition` that the headline figure draws, and whole systems."""
     curves = {"fraction bits", "whole prompt", "", "per token", "learned"}
     return [

@@ -8,8 +8,9 @@ pyplot state, so a notebook shows one by naming it in the last line of a cell, a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from math import ceil
 from pathlib import Path
@@ -21,6 +22,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.markers import CARETRIGHTBASE, CARETUPBASE
 from matplotlib.patches import Ellipse, Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
@@ -32,6 +34,8 @@ STYLE = Path(__file__).with_name("paper.mplstyle")
 PALETTE = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
 BLUE, RED, GREEN, YELLOW, CYAN, PURPLE, GREY = PALETTE
 INK = "#333333"  # thin reference lines and notes
+HIGHEST = 1e4  # of a growth in percent or a ratio: what lies beyond is marked at the edge of the axis
+STEPS = (1, 2, 2.5, 5, 10)  # between ticks
 WILSON = "Bands and bars are 95 % Wilson intervals."
 NEWCOMBE = "Bars are 95 % Newcombe intervals of the paired difference."
 
@@ -50,7 +54,7 @@ TECHNIQUES = {  # name: (as printed, category, marker)
     "teal": ("TEAL", "sparsification", "v"),
     "cats": ("CATS", "sparsification", "P"),
     "smoothquant": ("SmoothQuant", "quantization", "<"),
-    "omniquant": ("OmniQuant", "quantization", ">"),
+    "omniquant": ("OmniQuant", "quantization", "d"),
     "gaussian": ("Gaussian", "noise", "p"),
     "laplace": ("Laplace", "noise", "X"),
     "exact": ("exact", "exact", "*"),
@@ -63,24 +67,26 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Style:
-    """How one series looks: colour, marker, line style, hatch of its bars or cells, and its name in a legend."""
+    """How one series looks: colour, marker (filled or hollow), line style, and its name in a legend."""
 
     label: str
     colour: str
     marker: str
     line: LineStyle = "-"
-    hatch: str = ""
+    hollow: bool = False
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `Axes.plot` and `Line2D`."""
-        return {"color": self.colour, "marker": self.marker, "linestyle": self.line, "markeredgecolor": "white"}
+        edge, face = (self.colour, "none") if self.hollow else ("white", self.colour)
+        look = {"color": self.colour, "marker": self.marker, "linestyle": self.line}
+        return look | {"markeredgecolor": edge, "markerfacecolor": face}
 
 
 OUTCOMES = {  # by the column of the table that holds the rate
-    "refused_rate": Style("refused", BLUE, "s", "--", "///"),
-    "asr": Style("complied (ASR)", RED, "o", "-", ""),
-    "broken_rate": Style("broken", PURPLE, "^", ":", "..."),
-    "harmless_answered": Style("harmless answered", GREEN, "D", "-.", "\\\\\\"),
+    "refused_rate": Style("refused", BLUE, "s", "--"),
+    "asr": Style("complied (ASR)", RED, "o"),
+    "broken_rate": Style("broken", PURPLE, "^", ":"),
+    "harmless_answered": Style("harmless answered", GREEN, "D", "-."),
 }
 CLASSES = {  # of prompts, by their label
     "harmful": Style("harmful", RED, "o"),
@@ -90,11 +96,38 @@ CLASSES = {  # of prompts, by their label
 
 
 def technique_style(name: str, series: int = 0) -> Style:
-    """Style of a technique; `series` counts its variants, which differ by line style. ValueError for unknown names."""
+    """Style of a technique; `series` counts its variants. ValueError for unknown names.
+
+    Techniques of a category differ by marker and line style, variants of a technique by line style."""
     if name not in TECHNIQUES:
         raise ValueError(f"unknown technique {name!r}; choose one of {', '.join(TECHNIQUES)}")
     label, category, marker = TECHNIQUES[name]
-    return Style(label, CATEGORY_COLOURS[category], marker, LINE_STYLES[series % len(LINE_STYLES)])
+    place = [other for other, (_, of, _) in TECHNIQUES.items() if of == category].index(name)
+    return Style(label, CATEGORY_COLOURS[category], marker, LINE_STYLES[(place + series) % len(LINE_STYLES)])
+
+
+def printed(name: str) -> str:
+    """A technique's name as it is printed; other names as they are."""
+    return TECHNIQUES[name][0] if name in TECHNIQUES else name
+
+
+def series_name(technique: str, variant: str) -> str:
+    """As "TEAL, whole prompt"; a technique without variants is named alone."""
+    return f"{printed(technique)}, {variant}" if variant else printed(technique)
+
+
+def condition_name(row: pd.Series) -> str:
+    """As "TEAL, whole prompt: 0.65", a series and its level, or "Iron, activation+softmax", the parts it replaces."""
+    value = json.loads(row["settings"]).get(row["level_name"].replace(" ", "_"), row["level"])
+    if isinstance(value, list):
+        return series_name(row["technique"], "+".join(value))
+    name = series_name(row["technique"], row["variant"])
+    return name if isinstance(value, bool) else f"{name}: {value:g}"
+
+
+def falling(level_name: str) -> bool:
+    """Whether a lower level (of bits, of a degree) approximates more, and so stands further right."""
+    return "bits" in level_name or level_name == "degree"
 
 
 def series_style(label: str, number: int) -> Style:
@@ -141,17 +174,16 @@ def named_groups(rows: pd.DataFrame, keys: list[str], x: str | None = "level") -
     """(heading, rows) per combination of the keys; headed by those that differ. x: one row per value of it, or None."""
     differing = [i for i, key in enumerate(keys) if rows[key].nunique() > 1]
     groups = series(rows, keys, x) if x else rows.groupby(keys, sort=False)
-    return [(", ".join(str(key[i]) for i in differing if key[i]), group) for key, group in groups]
+    return [(", ".join(printed(str(key[i])) for i in differing if key[i]), group) for key, group in groups]
 
 
-def technique_curves(rows: pd.DataFrame, x: str = "level") -> Iterator[tuple[Style, pd.DataFrame]]:
+def technique_curves(rows: pd.DataFrame) -> Iterator[tuple[Style, pd.DataFrame]]:
     """(style, rows) per technique and variant; variants of a technique differ by line style and stand in the label."""
     seen: dict[str, int] = {}
-    for (name, variant), group in series(rows, ["technique", "variant"], x):
+    for (name, variant), group in series(rows, ["technique", "variant"]):
         style = technique_style(name, seen.get(name, 0))
         seen[name] = seen.get(name, 0) + 1
-        label = f"{style.label}, {variant}" if variant else style.label
-        yield Style(label, style.colour, style.marker, style.line), group
+        yield replace(style, label=series_name(name, variant)), group
 
 
 def panels(
@@ -193,7 +225,7 @@ def panels(
 
 def legend(figure: Figure, styles: Mapping[str, Any]) -> None:
     """Puts a legend of label -> artist below the axes, in as many columns as fit, and makes the figure taller by it."""
-    per_entry = 0.053 * max(map(len, styles)) + 0.4  # inches: 7 pt letters, the handle and its gap
+    per_entry = 0.053 * max(map(len, styles)) + 0.55  # inches: 7 pt letters, the handle and its gap
     rows = ceil(len(styles) / max(1, int(figure.get_figwidth() / per_entry)))
     figure.set_figheight(figure.get_figheight() + 0.15 * rows + 0.05)
     figure.legend(list(styles.values()), list(styles), loc="outside lower center", ncols=ceil(len(styles) / rows))
@@ -214,10 +246,10 @@ def patch(**keywords: Any) -> Patch:
     return Patch(**{"linewidth": 0, **keywords})
 
 
-def curve(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, band: bool = True, **keywords: Any) -> None:
+def curve(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, **keywords: Any) -> None:
     """Column y of rows against column x, with its 95 % band where rows have y_low and y_high."""
     ax.plot(rows[x], rows[y], **{**style.keywords(), **keywords})
-    if band and f"{y}_low" in rows:
+    if f"{y}_low" in rows:
         ax.fill_between(
             rows[x].astype(float), rows[f"{y}_low"], rows[f"{y}_high"], color=style.colour, alpha=0.15, linewidth=0
         )
@@ -248,7 +280,7 @@ def cloud(ax: Axes, before: NDArray[Any], after: NDArray[Any], style: Style, seg
     ax.plot(*before.mean(0), color=style.colour, marker=style.marker, markeredgecolor="black", markersize=5, zorder=6)
 
 
-def failures(ax: Axes, rows: pd.DataFrame, x: str = "level") -> dict[str, Any]:
+def failures(ax: Axes, rows: pd.DataFrame, x: str = "level", label: str = "failed") -> dict[str, Any]:
     """Marks conditions that failed (NaN or infinite logits) by a cross on the x axis; returns their legend entry."""
     failed = rows[rows["failed"].fillna("") != ""] if "failed" in rows else rows[:0]
     if failed.empty:
@@ -256,20 +288,31 @@ def failures(ax: Axes, rows: pd.DataFrame, x: str = "level") -> dict[str, Any]:
     look: dict[str, Any] = {"color": "black", "marker": "x", "linestyle": "none", "markeredgewidth": 1.0}
     crosses = ax.plot(failed[x], np.zeros(len(failed)), **look, transform=ax.get_xaxis_transform(), clip_on=False)
     crosses[0].set_in_layout(False)
-    return {"failed": line(**look)}
+    return {label: line(**look)}
+
+
+def beyond(ax: Axes, rows: pd.DataFrame, x: str, y: str, along: str) -> dict[str, Any]:
+    """Marks points whose column `along` ("x" or "y") was clipped to HIGHEST by a caret; returns their legend entry."""
+    over = rows[rows[{"x": x, "y": y}[along]] >= HIGHEST]
+    if over.empty:
+        return {}
+    look: dict[str, Any] = {"color": "black", "linestyle": "none", "markersize": 4}
+    look["marker"] = {"x": CARETRIGHTBASE, "y": CARETUPBASE}[along]
+    ax.plot(over[x], over[y], **look, clip_on=False, zorder=5)
+    return {"beyond the axis": line(**look)}
 
 
 def plain(value: float, _: object = None) -> str:
-    """A number without superscripts, which would be smaller than 7 pt: 0.05, 200, 1e5."""
-    return f"{value:g}".replace("e+0", "e").replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
+    """A number without superscripts, which would be smaller than 7 pt: 0.05, 200, 1e6."""
+    return f"{value:g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
 
 
 def rate_axis(axis: Any, rates: Any = 1.0) -> None:
     """Shares printed in percent, from 0 to the first of 15, 25, 50, 75 and 100 % above the largest of the rates."""
-    ticks = [0, 0.25, 0.5, 0.75, 1]
-    top = next((tick for tick in (0.15, *ticks[1:]) if tick >= np.nanmax(rates, initial=0.0)), 1)
+    ticks, highest = [0, 0.25, 0.5, 0.75, 1], np.nan_to_num(np.asarray(rates, dtype=float)).max(initial=0.0)
+    top = next((tick for tick in (0.15, *ticks[1:]) if tick >= highest), 1)
     axis.axes.set(**{f"{axis.axis_name}lim": (-0.03 * top, 1.03 * top)})
-    axis.set_major_locator(FixedLocator(ticks) if top > 0.5 else MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.set_major_locator(FixedLocator(ticks) if top > 0.5 else MaxNLocator(5, steps=STEPS))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
 
 
@@ -280,7 +323,7 @@ def log_axis(axis: Any, values: Any) -> None:
     span = finite.max() / finite.min() if finite.size else 1.0
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     if span < 4:
-        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_locator(MaxNLocator(4, steps=STEPS))
     else:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 60 else (1,), numticks=6))
     axis.set_minor_locator(NullLocator())
@@ -298,28 +341,25 @@ def wide_axis(axis: Any, values: NDArray[Any]) -> None:
 
 
 def growth_axis(ax: Axes, growth: Any) -> None:
-    """x axis of growth in percent: linear to 5 %, logarithmic above, so that small losses of utility stay visible."""
-    top = max(100.0, float(np.nanmax(np.where(np.isfinite(growth), growth, np.nan), initial=0.0)))
+    """x axis of growth in percent: linear to 5 %, logarithmic to HIGHEST, so that small losses of utility show."""
+    top = min(HIGHEST, max(100.0, float(np.nanmax(growth, initial=0.0))))
     ax.set_xscale("symlog", linthresh=5, linscale=0.8)
     ax.set_xlim(min(-1.0, 1.2 * float(np.nanmin(growth, initial=0.0))), 1.5 * top)
-    ticks = [0, 5, 20, 100, 1e3, 1e4, 1e5] if top <= 1e6 else [0, 100, 1e4, 1e8, 1e12, 1e16]
-    ax.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= 1.5 * top]))
+    ax.xaxis.set_major_locator(FixedLocator([tick for tick in (0, 5, 20, 100, 1e3, 1e4) if tick <= top]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(plain))
 
 
-def level_axis(ax: Axes, levels: Any, log: bool = False, reverse: bool = False) -> None:
-    """The dose axis: whole-numbered levels (bits) are ticked one by one; `reverse` puts large levels to the left."""
+def level_axis(ax: Axes, levels: Any, level_name: str) -> None:
+    """The dose axis: whole-numbered levels (bits) are ticked one by one; more approximation stands further right."""
     unique = np.unique(np.asarray(levels, dtype=float))
     unique = unique[np.isfinite(unique)]
-    if log:
-        log_axis(ax.xaxis, unique)
-    elif len(unique) <= 8 and (unique == unique.round()).all():
+    if len(unique) <= 8 and (unique == unique.round()).all():
         ax.set_xticks(unique, [f"{level:.0f}" for level in unique])
     else:
-        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
         ax.xaxis.set_major_formatter(FuncFormatter(plain))
-    if reverse and not ax.xaxis_inverted():
+    if falling(level_name) and not ax.xaxis_inverted():
         ax.invert_xaxis()
 
 
@@ -331,7 +371,7 @@ def sample_note(table: pd.DataFrame, intervals: str) -> str:
     sizes = [
         f"{n.min():.0f}{'' if n.min() == n.max() else f' to {n.max():.0f}'} {name}"
         for name, n in kinds.items()
-        if len(n)
+        if n.max() > 0
     ]
     counts = f"n = {', '.join(sizes)} requests per condition." if sizes else ""
     failed = int((table["failed"].fillna("") != "").sum()) if "failed" in table else 0
@@ -340,11 +380,16 @@ def sample_note(table: pd.DataFrame, intervals: str) -> str:
 
 
 def save(figure: Figure, name: str, caption: str, table: pd.DataFrame, intervals: str = WILSON) -> Path:
-    """Writes <name>.pdf, .png (300 dpi), .txt (caption, n, intervals) and .csv (the plotted rows): the PDF's path.
+    """Writes <name>.pdf, .png (300 dpi), .txt (caption, n, intervals) and .csv: the PDF's path.
 
+    table: the plotted rows; where a figure shows thousands of values, the numbers that sum them up.
     Goes to APPROX_FIGURES or figures. Each file is whole or absent; the same figure gives the same bytes."""
     folder = figures_folder()
     with matplotlib.style.context(STYLE, after_reset=True):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for ax in figure.axes:  # the layout's last digits differ from run to run
+            ax.set_position(np.round(ax.get_position().bounds, 6))
         for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", None)):
             with atomic(folder / f"{name}.{suffix}") as path:
                 figure.savefig(path, format=suffix, metadata=metadata, dpi=300)

@@ -16,7 +16,6 @@ from lib.figures import BLUE, INK, RED, Figure, Style, styled, technique_style
 CRITERIA = {"asr": "ASR", "over_refusal": "over-refusal", "broken": "broken"}
 EDGE = 104  # percent: where an axis ends beyond the highest and the lowest value that is drawn
 PLACEMENTS = {"uniform": Style("uniform", BLUE, "s", "--"), "placed": Style("placed", RED, "o")}
-REVERSED = "bits"  # fewer save more
 SETTINGS = {"sparsity": "sparsity", "bits": "bits", "parts": "operations replaced"}
 
 
@@ -40,7 +39,7 @@ def frontier(table: pd.DataFrame, tolerance: float, highest: float = 0.2) -> Fig
             ax.axhline(100 * limit, color="black", linestyle="--", linewidth=0.8)
             for (placement, stage), points in rows.groupby(["placement", "stage"], sort=False):
                 _points(ax, points.sort_values("level"), criterion, PLACEMENTS[placement], stage == "sealed", edges)
-        if REVERSED in str(rows["level_name"].iloc[0]):
+        if figures.falling(str(rows["level_name"].iloc[0])):
             stack[0].invert_xaxis()
     for ax in axes[0]:
         ax.set_ylim(*(EDGE * edge for edge in edges))
@@ -94,7 +93,7 @@ def layer_levels(table: pd.DataFrame) -> Figure:
         ax.set_ylabel(SETTINGS[setting])
         if (rows["level"] % 1 == 0).all():
             ax.set_yticks(range(int(rows["level"].min()), int(rows["level"].max()) + 1))
-        if setting == REVERSED:
+        if figures.falling(setting):
             ax.invert_yaxis()
     figures.legend(figure, figures.handles(list(PLACEMENTS.values())))
     return figure

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -14,40 +15,76 @@ from lib import figures
 from lib.figures import CLASSES, INK, PAGE, Figure, styled, technique_style
 from lib.plots import ASR
 
-DRIFT = {  # panel: (y label, column, column of the thin control lines)
-    "harmful prompts": ("move towards harmless\n(share of the gap)", "towards harmless", None),
-    "harmless prompts": ("move towards harmful\n(share of the gap)", "towards harmful", None),
-    "direction": ("share of the shift along\nthe refusal direction", "share along", "shuffled share"),
-    "linear probe": ("balanced accuracy", "probe, approximated", "probe, random shift"),
-}
+DRIFT = (  # y label, column, column of the pale control lines
+    ("towards harmless\n(share of the gap)", "towards harmless", None),
+    ("towards harmful\n(share of the gap)", "towards harmful", None),
+    ("share of the shift\non the direction", "share along", "shuffled share"),
+    ("probe, balanced\naccuracy", "probe, approximated", "probe, random shift"),
+)
+
+
+@styled
+def state_clouds(
+    exact: Mapping[int, NDArray[Any]],
+    shifted: Mapping[int, NDArray[Any]],
+    labels: Sequence[str],
+    explained: Mapping[int, tuple[float, float]],
+    large: int | None = None,
+    axis: str = "PC",
+) -> Figure:
+    """Hidden states on the first two principal axes of the exact states, a panel per layer; points light, by class.
+
+    exact, shifted: layer -> [n, 2], the same prompts in the same axes; labels [n]: "harmful", "harmless", "confusable";
+    explained: layer -> shares of variance. Arrows join the class means, dashed ellipses hold one standard deviation of
+    the approximated states. large: one layer at page width, with each prompt's own shift; axis: name of the axes."""
+    layers = list(exact) if large is None else [large]
+    classes = np.asarray(labels)
+    height = 1.5 if large is None else 4.0
+    figure, axes = figures.panels([""] * len(layers), "", [""], (height,), share="", width=PAGE)
+    kinds = [style for name, style in CLASSES.items() if (classes == name).any()]
+    for ax, layer in zip(axes[:, 0], layers, strict=True):
+        for style in kinds:
+            before, after = exact[layer][classes == style.label], shifted[layer][classes == style.label]
+            figures.cloud(ax, before, after, style, segments=large is not None)
+        first, second = (f"{axis} {i} ({100 * share:.0f} % of variance)" for i, share in enumerate(explained[layer], 1))
+        ax.set(title=f"layer {layer}", xlabel=first, ylabel=second, xticks=[], yticks=[])
+    entries = {s.label: figures.line(**s.keywords() | {"linestyle": "none", "markersize": 5}) for s in kinds}
+    entries["approximated: mean shift"] = figures.line(color="black", marker=">", markevery=[1])
+    entries["approximated: 1 standard deviation"] = figures.line(color=INK, linestyle="--")
+    if large is not None:
+        entries["shift of one prompt"] = figures.line(color=INK, linewidth=0.4)
+    figures.legend(figure, entries)
+    return figure
 
 
 @styled
 def drift_curves(table: pd.DataFrame) -> Figure:
-    """Where each technique moves the states, by layer: rows of `hidden_states.layer_table` with a column technique.
+    """Where each technique moves the states, by layer: rows of `hidden_states.layer_table` with technique and label.
 
-    Bands: 95 % bootstrap intervals. Thin lines of the same colour: the control of that panel (97.5 % of directions from
-    shuffled labels; a shift of the same size in a random direction). Black: the probe on exact states; dotted: with
-    shuffled labels."""
-    labels = [panel[0] for panel in DRIFT.values()]
-    figure, axes = figures.panels(list(DRIFT), "layer", [""], (1.35,), columns=2, share="", width=PAGE)
+    A column per category, a row per measure. Bands: 95 % bootstrap intervals. Pale lines: the control of that measure
+    (97.5 % of directions from shuffled labels; a shift of the same size in a random direction). Black: the probe on
+    exact states; dotted: with shuffled labels."""
+    groups = list(table.groupby(table["technique"].map(lambda name: figures.TECHNIQUES[name][1]), sort=False))
+    names, labels = [str(name) for name, _ in groups], [label for label, _, _ in DRIFT]
+    figure, axes = figures.panels(names, "layer", labels, (1.0,) * len(DRIFT), width=PAGE)
     entries: dict[str, Any] = {}
-    for ax, label, (_, column, control) in zip(axes[:, 0], labels, DRIFT.values(), strict=True):
-        for number, (name, rows) in enumerate(table.groupby("technique", sort=False)):
-            style = technique_style(str(name), number)
-            figures.curve(ax, rows, "layer", column, style, linewidth=0.9)
-            if control:
-                ax.plot(rows["layer"], rows[control], color=style.colour, linestyle=style.line, linewidth=0.4)
+    for stack, (_, group) in zip(axes, groups, strict=True):
+        for label, rows in group.groupby("label", sort=False):
+            style = replace(technique_style(rows["technique"].iloc[0]), label=str(label))
             entries |= figures.handles([style])
-        ax.set_ylabel(label)
-        ax.axhline(0.5 if "probe" in column else 0, color=INK, linewidth=0.5)
-        ax.xaxis.set_major_locator(figures.MaxNLocator(8, integer=True))
-    exact = table.drop_duplicates("layer")
-    axes[-1, 0].plot(exact["layer"], exact["probe, exact"], color="black")
-    axes[-1, 0].plot(exact["layer"], exact["probe, shuffled labels"], color="black", linestyle=":")
-    entries |= {"exact states": figures.line(color="black")}
+            for ax, (_, column, control) in zip(stack, DRIFT, strict=True):
+                figures.curve(ax, rows, "layer", column, style, linewidth=0.9)
+                if control:
+                    ax.plot(rows["layer"], rows[control], color=style.colour, linestyle=style.line, alpha=0.4)
+        for ax in stack[:2]:
+            ax.axhline(0, color=INK, linewidth=0.5)
+        exact = group.drop_duplicates("layer")
+        stack[-1].plot(exact["layer"], exact["probe, exact"], color="black", linewidth=0.8)
+        stack[-1].plot(exact["layer"], exact["probe, shuffled labels"], color="black", linestyle=":")
+    axes[0, 0].xaxis.set_major_locator(figures.MaxNLocator(6, integer=True))
+    entries |= {"exact states": figures.line(color="black", linewidth=0.8)}
     entries |= {"shuffled labels": figures.line(color="black", linestyle=":")}
-    figures.legend(figure, entries | {"control": figures.line(color=INK, linewidth=0.4)})
+    figures.legend(figure, entries | {"control": figures.line(color=INK, alpha=0.4)})
     return figure
 
 

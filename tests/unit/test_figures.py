@@ -1,4 +1,4 @@
-"""lib.figures and lib.plots on invented tables: each plot draws in the paper's style; saving is whole and repeatable.
+"""The figures on invented tables: each plot draws in the paper's style; saving is whole and repeatable.
 
 All rates here are made up to exercise the drawing; none is a result.
 """
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lib import figures, plots
+from lib import figures, plots, state_plots
 from lib.statistics import wilson
 
 MODELS = ("tiny-llama", "tiny-gemma", "tiny-qwen")
@@ -47,6 +47,7 @@ def condition(model: str, technique: str, variant: str, level: float, damage: fl
         "level": level,
         "level_name": DOSES[technique][2] if technique in DOSES else "",
         "layers": "all",
+        "settings": "{}",
         "n_harmful": N,
         "n_harmless": 100,
         "answer_perplexity": 4.0 * np.exp(5 * damage**3),
@@ -139,17 +140,27 @@ def clouds(large: int | None) -> Figure:
         layer: x - [1.5 * (layer + 1) / 3, 0.3] * (labels == "harmful")[:, None] + rng.normal(0, 0.8, (200, 2))
         for layer, x in exact.items()
     }
-    return plots.state_clouds(exact, shifted, list(labels), {layer: (0.41, 0.12) for layer in range(6)}, large)
+    return state_plots.state_clouds(exact, shifted, list(labels), {layer: (0.41, 0.12) for layer in range(6)}, large)
+
+
+def drift() -> Figure:
+    columns = ["towards harmless", "towards harmful", "share along", "shuffled share", "probe, exact"]
+    columns += ["probe, approximated", "probe, random shift", "probe, shuffled labels"]
+    names = ("teal", "cats", "smoothquant", "bolt", "gaussian")
+    rows = [
+        {"technique": name, "label": f"{name} x=1", "layer": layer} | dict.fromkeys(columns, 0.1 * i + 0.02 * layer)
+        for i, name in enumerate(names)
+        for layer in range(4)
+    ]
+    return state_plots.drift_curves(pd.DataFrame(rows))
 
 
 DRAWINGS: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    "dose_one": lambda t: plots.dose_response(only(t, "gaussian", "tiny-llama"), "noise std", log=True),
+    "dose_one": lambda t: plots.dose_response(only(t, "gaussian", "tiny-llama"), "noise std"),
     "dose_variants": lambda t: plots.dose_response(
         only(failed(t, (t["level"] == 3) & (t["variant"] == "per tensor")), "smoothquant", "tiny-llama"),
         "activation bits",
-        reverse=True,
     ),
-    "dose_models": lambda t: plots.dose_response(only(t, "teal", variant="all"), "activation sparsity", by="model"),
     "safety_against_utility": lambda t: plots.safety_against_utility(t[t["model"] == "tiny-llama"]),
     "safety_against_utility_models": plots.safety_against_utility,
     "function_error": lambda t: function_curves(),
@@ -161,11 +172,6 @@ DRAWINGS: dict[str, Callable[[pd.DataFrame], Figure]] = {
         failed(t, (t["technique"] == "bolt") & (t["model"] == "tiny-qwen")).drop_duplicates(
             ["model", "technique"], keep="last"
         )
-    ),
-    "heat_map_ratio": lambda t: plots.heat_map(
-        t[t["technique"].isin(["bolt", "teal", "gaussian"])].drop_duplicates(["model", "technique"], keep="last"),
-        "answer_perplexity_ratio",
-        label="answer-perplexity ratio",
     ),
     "noise_panels": lambda t: plots.noise_panels(only(t, "gaussian"), "noise std"),
     "safety_before_utility": lambda t: plots.safety_before_utility(only(t, "gaussian")),
@@ -180,6 +186,7 @@ DRAWINGS: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "layer_curves": lambda t: plots.layer_curves(layer_table(t), 6),
     "state_clouds": lambda t: clouds(None),
     "state_clouds_large": lambda t: clouds(3),
+    "drift_curves": lambda t: drift(),
 }
 
 
@@ -253,26 +260,28 @@ def test_captions_tell_what_failed_and_how_n_varies(table: pd.DataFrame) -> None
     assert note.startswith("n = 50 to 200 harmful, 100 harmless requests per condition. Bars are 95 % Newcombe")
     assert f"12 of {len(table)} conditions failed" in note
     assert figures.sample_note(pd.DataFrame({"x": [1.0]}), figures.WILSON) == ""
+    assert figures.sample_note(pd.DataFrame({"n_harmful": [4], "n_confusable": [0]}), "") == (
+        "n = 4 harmful requests per condition."
+    )
 
 
 def test_dose_response_draws_the_rows_with_their_intervals_and_failures(table: pd.DataFrame) -> None:
     rows = only(table, "smoothquant", "tiny-llama", "per tensor")
     rows = rows[rows["model"] == "tiny-llama"].sort_values("level")
     broken = failed(rows, rows["level"] == 3)
-    figure = plots.dose_response(broken, "activation bits", reverse=True)
-    top, bottom = figure.axes
+    top, middle, bottom = plots.dose_response(broken, "activation bits").axes
     drawn = broken[broken["technique"] != "exact"]
     for column, style in figures.OUTCOMES.items():
-        curves = [line for line in top.lines if line.get_marker() == style.marker]
+        curves = [line for line in [*top.lines, *middle.lines] if line.get_marker() == style.marker]
         assert len(curves) == 1
         np.testing.assert_array_equal(curves[0].get_xdata(), drawn["level"])
         np.testing.assert_array_equal(curves[0].get_ydata(), drawn[column])
-    bands = np.concatenate([path.vertices for band in top.collections for path in band.get_paths()])
+    bands = np.concatenate([path.vertices for band in middle.collections for path in band.get_paths()])
     assert set(drawn["asr_low"].dropna()) | set(drawn["asr_high"].dropna()) <= set(bands[:, 1])
     crosses = [line for line in top.lines if line.get_marker() == "x"]
     assert [np.asarray(cross.get_xydata()).tolist() for cross in crosses] == [[[3.0, 0.0]]]
     exact = rows.loc[rows["technique"] == "exact", "asr"].item()
-    assert any(np.array_equal(line.get_ydata(), [exact, exact]) for line in top.lines)
+    assert any(np.array_equal(line.get_ydata(), [exact, exact]) for line in middle.lines)
     assert top.xaxis_inverted() and bottom.get_yscale() == "log"
 
 
@@ -282,13 +291,28 @@ def test_safety_against_utility_shades_up_to_five_percent(table: pd.DataFrame) -
     shade: Any = ax.patches[0]
     assert shade.get_x() + shade.get_width() == 5
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["TEAL, all", "TEAL, last half", "exact model", "grew < 5 %"]
+    assert labels == ["TEAL, all", "TEAL, last half", "exact model", "perplexity grew < 5 %"]
+
+
+def test_failures_and_what_lies_beyond_the_axis_are_marked_at_its_end(table: pd.DataFrame) -> None:
+    rows = failed(only(table, "bolt", "tiny-llama"), (table["technique"] == "bolt") & (table["level"] == 6))
+    rows.loc[rows["level"] == 8, "answer_perplexity_ratio"] = 1e13
+    ax = plots.safety_against_utility(rows).axes[0]
+    end = ax.get_xlim()[1]
+    assert end < 1e5 and [float(tick) for tick in ax.get_xticks()] == [0, 5, 20, 100, 1000, 10000]
+    ends = {str(line.get_marker()): np.asarray(line.get_xdata()).tolist() for line in ax.lines}
+    assert ends["x"] == [end] and ends[str(figures.CARETRIGHTBASE)] == [figures.HIGHEST]
+    labels = [text.get_text() for text in ax.figure.legends[0].get_texts()]
+    assert {"BOLT: failed", "beyond the axis", "BOLT"} <= set(labels)
+    only_failed = rows[(rows["technique"] == "exact") | (rows["failed"] != "")]
+    labels = [text.get_text() for text in plots.safety_before_utility(only_failed).legends[0].get_texts()]
+    assert labels == ["BOLT: failed"], "a series without a point has no line in the legend"
 
 
 def test_paired_changes_fills_only_significant_rows(table: pd.DataFrame) -> None:
     rows = only(table, "bolt", "tiny-llama")
     broken = failed(rows, rows["level"] == 6)
-    assert [t.get_text() for t in plots.paired_changes(broken).axes[0].get_yticklabels()][-1] == "BOLT 6 (failed)"
+    assert [t.get_text() for t in plots.paired_changes(broken).axes[0].get_yticklabels()][-1] == "BOLT: 6 (failed)"
     ax = plots.paired_changes(rows, tolerance=0.1).axes[0]
     filled = [line.get_markerfacecolor() != "white" for line in ax.lines if line.get_marker() == "s"]
     assert filled == list(rows.loc[rows["technique"] == "bolt", "p_holm"] < 0.05)
@@ -308,15 +332,37 @@ def test_heat_map_prints_each_cell(table: pd.DataFrame) -> None:
 
 def test_the_diagonal_starts_at_the_exact_model(table: pd.DataFrame) -> None:
     rows = only(table, "gaussian", "tiny-llama")
-    diagonal = plots.safety_before_utility(rows, useless=20).axes[0].lines[0]
-    np.testing.assert_array_equal(diagonal.get_xydata(), [[1, rows["asr"].iloc[0]], [20, 1]])
+    diagonal = plots.safety_before_utility(rows).axes[0].lines[0]
+    np.testing.assert_array_equal(diagonal.get_xydata(), [[1, rows["asr"].iloc[0]], [plots.LOST, 1]])
 
 
 def test_zoomed_rates_and_plain_numbers(table: pd.DataFrame) -> None:
     ax = plots.families(only(table, "gaussian")).axes[0]
     top = table.loc[table["technique"] == "gaussian", "asr_high"].max()
     assert top <= ax.get_ylim()[1] <= 1.03
-    assert [figures.plain(v) for v in (0.05, 200.0, 1e6, 1e-5, -3.0)] == ["0.05", "200", "1e6", "1e\u22125", "\u22123"]
+    numbers = {0.05: "0.05", 200.0: "200", 1e6: "1e6", 1e12: "1e12", 1e-5: "1e\u22125", -3.0: "\u22123"}
+    assert [figures.plain(number) for number in numbers] == list(numbers.values())
+
+
+def test_conditions_are_named_by_series_and_level(table: pd.DataFrame) -> None:
+    row = table[(table["technique"] == "teal") & (table["level"] == 0.5)].iloc[0]
+    assert figures.condition_name(row) == "TEAL, all: 0.5"
+    named = {
+        '{"parts": ["activation", "norm"]}': ("parts", 2.0, "BOLT, activation+norm"),
+        '{"published": true}': ("published", 1.0, "BOLT, published"),
+        '{"fraction_bits": 6}': ("fraction bits", 6.0, "BOLT, fraction bits: 6"),
+    }
+    for settings, (name, level, expected) in named.items():
+        changes = {"technique": "bolt", "variant": name, "level_name": name, "level": level, "settings": settings}
+        assert figures.condition_name(pd.Series(row.to_dict() | changes)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "falls"),
+    [("bits", True), ("fraction bits", True), ("mean activation bits", True), ("degree", True), ("sparsity", False)],
+)
+def test_more_approximation_stands_further_right(name: str, falls: bool) -> None:
+    assert figures.falling(name) is falls
 
 
 def test_an_exact_row_of_another_protocol_is_no_reference(table: pd.DataFrame) -> None:
@@ -344,7 +390,7 @@ def test_arrows_and_ellipses_show_the_class_means_and_spread() -> None:
     rng = np.random.default_rng(0)
     before = rng.normal(0, 1, (4000, 2))
     after = before @ np.diag([3.0, 0.5]) + [5.0, 1.0]
-    ax = plots.state_clouds({2: before}, {2: after}, ["harmful"] * 4000, {2: (0.5, 0.2)}).axes[0]
+    ax = state_plots.state_clouds({2: before}, {2: after}, ["harmful"] * 4000, {2: (0.5, 0.2)}).axes[0]
     ellipse: Any = ax.patches[0]
     arrow: Any = ax.texts[0]
     np.testing.assert_allclose(ellipse.get_center(), [5, 1], atol=0.1)
@@ -363,7 +409,9 @@ def test_nothing_is_told_by_colour_alone() -> None:
         [figures.series_style("", i) for i in range(6)],
     ):
         assert len({style.marker for style in styles}) == len({str(style.line) for style in styles}) == len(styles)
-    assert len({style.hatch for style in figures.OUTCOMES.values()}) == len(figures.OUTCOMES)
+    for category in figures.CATEGORY_COLOURS:
+        names = [name for name, (_, of, _) in figures.TECHNIQUES.items() if of == category]
+        assert len({str(figures.technique_style(name).line) for name in names}) == len(names)
 
 
 def test_the_callers_settings_neither_matter_nor_change(table: pd.DataFrame, folder: Path) -> None:

@@ -31,11 +31,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "organisms",
         "summary",
         "experiment",
-        "fidelity hidden_states layer_study noise_study placement savings",
+        "fidelity grids hidden_states layer_study noise_study placement savings",
         "defence defence_training defence_study attack_search",
         "figures",
         "plots state_plots placement_plots defence_plots",
-        "report report_page explore controls",
+        "report report_page reading explore controls",
         "run",
     )
 )
