@@ -44,7 +44,7 @@ def before_and_after(table: pd.DataFrame) -> Figure:
     every = list(figures.series(rows, ["technique", "variant"]))
     groups = [(key, group) for key, group in every if len(group) > 1] or every
     labels = [group["level_name"].iloc[0] for _, group in groups]
-    y_labels = ["harmless\nanswered (%)", ASR]
+    y_labels = ["harmless\n(%)", ASR]
     names = [figures.series_name(*key) for key, _ in groups]
     figure, axes = figures.panels(names, labels, y_labels, (0.65, 0.65), columns=3, share="y")
     entries = figures.handles([UNDEFENDED])
