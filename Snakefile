@@ -20,12 +20,12 @@ PLAN = config["plan"]
 JOBS = json.loads(Path(PLAN).read_text())["jobs"]
 EXECUTE = shlex.join([sys.executable, "-P", "-m", "lib.execute", PLAN])
 PARENT = os.getpid()
-GPU_GIGABYTES = float(os.environ.get("APPROX_GPU_GIGABYTES", 80))
+GPU_GIGABYTES = float(os.environ.get("APPROX_GPU_GIGABYTES") or 80)
 UNKNOWN_GIGABYTES = 40  # for a model whose size is not known beforehand
 
 
 def gpus(wildcards, attempt):
-    """None for a report, which reads tables."""
+    """As many as hold the model, and one more on every further attempt; 0 for a report, which reads tables."""
     if "models" in JOBS[wildcards.job]["parameters"]:
         return 0
     return math.ceil((JOBS[wildcards.job]["gigabytes"] or UNKNOWN_GIGABYTES) / GPU_GIGABYTES) + attempt - 1
@@ -39,7 +39,7 @@ def memory(wildcards, attempt):
 
 def tables(wildcards):
     """What a report reads, whichever run wrote it; nothing for other jobs."""
-    return sorted(map(str, Path().glob("*/tables/*.parquet"))) if "models" in JOBS[wildcards.job]["parameters"] else []
+    return sorted(map(str, Path().glob("*/tables/[0-9]*.parquet"))) if "models" in JOBS[wildcards.job]["parameters"] else []
 
 
 wildcard_constraints:

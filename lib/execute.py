@@ -110,9 +110,9 @@ def own_devices(gpus: list[str], workers: int) -> Iterator[int | None]:
 
 
 def report(plan: dict[str, Any], key: str, state: str, **details: Any) -> None:
-    """Appends one line to the run's events, which the run turns into progress."""
+    """Appends one line to this job's events, which the run turns into progress."""
     line = json.dumps({"job": key, "state": state, **details}) + "\n"
-    with open(plan["events"], "ab", buffering=0) as stream:
+    with open(Path(plan["events"]) / f"{key.replace('/', '--')}.jsonl", "ab", buffering=0) as stream:
         stream.write(line.encode())
 
 

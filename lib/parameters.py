@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 import json
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter. kind: its declared type as written, or that of its default."""
+    """A parameter. kind: its declared type as written."""
 
     name: str
     kind: str
@@ -68,8 +68,6 @@ class Setting:
             raise UsageError(f"--set {text}: write it as name=value")
         if name in ("model", "models"):
             raise UsageError(f"--set {text}: choose models with --models")
-        if name == "prompt_set" and Path(value).is_file():  # notebooks run in their own folder
-            value = str(Path(value).resolve())
         return cls(name, value, f"--set {text}")
 
 
@@ -97,44 +95,47 @@ def read_parameters(source: str) -> list[Parameter]:
     lines = source.splitlines()
     found = []
     for node in ast.parse(source).body:
-        if not isinstance(node, ast.AnnAssign | ast.Assign) or node.value is None:
-            continue
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        kind = ast.unparse(node.annotation).strip("'\"") if isinstance(node, ast.AnnAssign) else ""
-        if isinstance(target, ast.Name):
-            default = ast.literal_eval(node.value)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
             comment = lines[(node.end_lineno or 1) - 1].encode()[node.end_col_offset or 0 :].decode()
-            found.append(Parameter(target.id, kind or type(default).__name__, default, comment.strip().lstrip("# ")))
+            kind, default = ast.unparse(node.annotation), ast.literal_eval(node.value)
+            found.append(Parameter(node.target.id, kind, default, comment.strip().lstrip("# ")))
     return found
 
 
 def convert(text: str, kind: str) -> Any:
-    """What was typed, in its declared type: int, float, bool, str, list[...], dict, None, a union. ValueError else."""
-    kind = re.sub(r"Optional\[(.*)\]$", r"\1 | None", kind.removeprefix("typing."))
-    for option in sorted((part.strip() for part in kind.split("|")), key=lambda part: part == "str"):
-        try:
-            return _convert_one(text.strip(), option)
-        except (ValueError, SyntaxError, KeyError):
-            continue
-    raise ValueError(f"{text!r} is not {kind}")
+    """What was typed, in its declared type: int, float, str, bool, list of these, or dict. ValueError else."""
+    text = text.strip()
+    try:
+        if kind.startswith("list["):
+            typed = ast.literal_eval(text) if text.startswith("[") else text.split(",") if text else []
+            items = [str(item).strip() for item in typed]
+            if "" in items:
+                raise ValueError(f"{text!r} lacks an item")
+            return [scalar(item, kind[5:-1]) for item in items]
+        return scalar(text, kind)
+    except (ValueError, SyntaxError, TypeError, KeyError):
+        raise ValueError(f"{text!r} is not {kind}") from None
 
 
-def _convert_one(text: str, kind: str) -> Any:
-    if kind == "None":
-        return {"none": None}[text.lower()]
+def scalar(text: str, kind: str) -> Any:
+    """One value. KeyError for a type that parameters do not have, ValueError and the like for what is not of it."""
     if kind == "bool":
         return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-    if kind in ("int", "float", "str"):
-        return {"int": int, "float": float, "str": str}[kind](text)
-    inner = re.fullmatch(r"(?:list|tuple|set|Sequence)\[(\w+)(?:, \.\.\.)?\]", kind, re.IGNORECASE)
-    if inner:
-        items = [item.strip().strip("'\"") for item in text.strip("[]()").split(",")]
-        return [convert(item, inner.group(1)) for item in items if item]
-    if kind in ("list", "tuple") and not text.startswith("["):
-        return [convert(item, "int | float | str") for item in text.split(",")]
+    readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": absolute, "dict": mapping}
+    return readers[kind](text)
+
+
+def absolute(text: str) -> str:
+    """The full path of a file, or of a folder written with a slash: notebooks run in their own folder; else itself."""
+    path = Path(text).expanduser()
+    return os.path.abspath(path) if path.is_file() or ("/" in text and path.is_dir()) else text
+
+
+def mapping(text: str) -> dict[Any, Any]:
+    """A dict literal. ValueError for another."""
     value = ast.literal_eval(text)
-    if kind in ("list", "tuple", "dict") and not isinstance(value, dict if kind == "dict" else (list, tuple)):
-        raise ValueError(f"{text!r} is not a {kind}")
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is no dict")
     return value
 
 
@@ -152,9 +153,8 @@ def settings_for(notebooks: Sequence[Notebook], settings: Sequence[Setting]) -> 
             raise UsageError(f"{setting.flag}: no chosen notebook has that parameter; choose from {known}")
         for notebook in takers:
             parameter = notebook.parameters[setting.name]
-            kind = parameter.kind + (" | None" if parameter.default is None else "")
             try:
-                values[notebook.name][setting.name] = convert(setting.text, kind)
+                values[notebook.name][setting.name] = convert(setting.text, parameter.kind)
             except ValueError:
                 raise UsageError(f"{setting.flag}: {setting.name} is {parameter.kind} in {notebook.name}") from None
     return values

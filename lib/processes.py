@@ -14,6 +14,7 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Locked(RuntimeError):
@@ -21,11 +22,24 @@ class Locked(RuntimeError):
 
 
 def die_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when `parent`, its parent, ends (Linux); ends it now if that is already gone."""
+    """Has the kernel kill this process when `parent`, its parent, ends (Linux); ends it now if that is already gone.
+
+    Signals that its parent held back as it started this process reach it again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals to stop arrive after this block: what a handler raises in the midst of a fork is lost."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 @contextmanager
@@ -34,22 +48,26 @@ def lock(path: Path, wait: float) -> Iterator[int]:
 
     The operating system drops the lock with the last process that holds the descriptor, so it is never stale.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + wait
+    while (descriptor := _locked(path)) is None:
+        if time.monotonic() >= deadline:
+            raise Locked(f"{path} is held by another process")
+        time.sleep(0.1)
     try:
-        deadline = time.monotonic() + wait
-        while not _locked(descriptor):
-            if time.monotonic() >= deadline:
-                raise Locked(f"{path} is held by another process")
-            time.sleep(0.1)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def _locked(path: Path) -> int | None:
+    """A descriptor that locks the file at `path`; None if another holds it, or deleted the file that was opened."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None

@@ -1,34 +1,35 @@
 """The command line: checks every word of it, plans the graph of jobs, and hands it to Snakemake (`lib.workflow`).
 
 A job is one notebook for one model; a notebook with a parameter `models` (the report) is one job that waits for all
-others. Everything is checked before any work, and bad input gets one line.
+others. Flags, names, types of settings and folders are checked before any work, and bad input gets one line.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from lib import estimates, registry
+from lib import estimates, prompts, registry
 from lib.merge import MergeError, merge
 from lib.parameters import Notebook, Setting, UsageError, read_notebooks, settings_for
-from lib.paths import ROOT, figures_folder, results_folder
+from lib.paths import ROOT, figures_folder, results_folder, safe_name
 from lib.workflow import RUN_LOCK, Graph, Job, Stopped, sole_run, visible_gpus
 
 DEFAULT_MODEL = "tiny-llama"
 DEMANDING = {"07", "08"}  # unless asked for, on the default model only
 INTERACTIVE = {"00"}  # never run unless named
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # those of `lib.models`, which takes seconds to import
 FREE_BYTES = 10**9
 
 
@@ -88,18 +89,10 @@ def chosen_models(options: argparse.Namespace) -> list[str]:
     if not names:
         raise UsageError("no organism under data/organisms; restore it with 'git checkout', or give --models")
     try:
-        folders = {name: registry.resolve(name) for name in names}
+        known = [(name, registry.resolve(name)) for name in names]
     except registry.ModelError as error:
         raise UsageError(str(error)) from None
-    is_path = {name: folder == name and Path(name).is_dir() for name, folder in folders.items()}
-    return [os.path.abspath(name) if is_path[name] else name for name in names]
-
-
-def safe_name(model: str) -> str:
-    """A folder name for a model: hub ids lose their slash, folders keep their last part and a hash of the whole."""
-    if Path(model).is_absolute():
-        return f"{Path(model).name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
-    return model.replace("/", "--")
+    return [os.path.abspath(name) if where == name and Path(name).is_dir() else name for name, where in known]
 
 
 def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[str]) -> list[Job]:
@@ -108,6 +101,8 @@ def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[st
     settings += [Setting("seed", str(options.seed), f"--seed {options.seed}")] if options.seed is not None else []
     settings += [Setting("fast", "true", "--fast")] if options.fast else []
     values = settings_for(notebooks, settings)
+    for parameters in values.values():
+        check_choices(parameters)
     everywhere = options.full or (options.models and options.notebooks)
     jobs, reports = [], []
     for book in notebooks:
@@ -123,8 +118,22 @@ def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[st
         title = f"{book.name} of {len(models)} model{'s' * (len(models) > 1)}"
         jobs.append(Job(book.name, title, str(book.path), {"models": models, **values[book.name]}, after))
     if not jobs:
-        raise UsageError(f"nothing to run: by default {', '.join(DEMANDING)} run on {DEFAULT_MODEL} only; see --full")
+        demanding = ", ".join(sorted(DEMANDING))
+        raise UsageError(f"nothing to run: by default {demanding} run on {DEFAULT_MODEL} only; see --full")
     return jobs
+
+
+def check_choices(parameters: Mapping[str, Any]) -> None:
+    """UsageError for a protocol, dtype or prompt set that cannot be. Devices are checked where the job runs."""
+    for name, known in {"protocol": prompts.PROTOCOLS, "dtype": DTYPES}.items():
+        if parameters.get(name, known[0]) not in known:
+            raise UsageError(f"unknown {name} {parameters[name]!r}; choose one of {', '.join(known)}")
+    prompt_set = parameters.get("prompt_set", "organism")
+    try:
+        if prompt_set not in prompts.NAMES:
+            prompts.load(prompt_set)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from None
 
 
 def set_folders(options: argparse.Namespace) -> None:
@@ -134,7 +143,7 @@ def set_folders(options: argparse.Namespace) -> None:
         os.environ["APPROX_RESULTS"] = str(options.out / "results")
         os.environ["APPROX_FIGURES"] = str(options.out / "figures")
     elif altered:
-        os.environ.setdefault("APPROX_FIGURES", str(results_folder() / "figures"))
+        os.environ["APPROX_FIGURES"] = os.environ.get("APPROX_FIGURES") or str(results_folder() / "figures")
     os.environ["APPROX_RESULTS"] = str(results_folder())
     os.environ["APPROX_FIGURES"] = str(figures_folder())
     for name in ("APPROX_RESULTS", "APPROX_FIGURES", "APPROX_CACHE", "APPROX_DATA_MIRROR"):
@@ -175,6 +184,11 @@ def show_choices(notebooks: dict[str, Notebook]) -> None:
         print(f"  {name:<14} organism, shipped here")
     for name, entry in registry.REGISTRY.items():
         print(f"  {name:<14} {entry.hub}, {entry.gigabytes:g} GB, {entry.licence}{', gated' * entry.gated}")
+    print("\nPrompt sets (besides these, any .jsonl or .csv file)")
+    for name in prompts.OWN_SETS:
+        print(f"  {name:<18} this project's own, MIT")
+    for name, public in prompts.PUBLIC_SETS.items():
+        print(f"  {name:<18} {public.citation}; {public.licence}")
     for notebook in notebooks.values():
         print(f"\n{notebook.name}")
         for parameter in notebook.parameters.values():
@@ -194,14 +208,21 @@ def show_plan(graph: Graph) -> None:
 
 
 def clean(results: Path) -> None:
-    """Deletes the results folder. UsageError if a run is under way in it, or if it was never made by one."""
-    if not results.is_dir():
-        print(f"nothing to delete: there is no folder {results}")
+    """Deletes the results folder, its lock last. UsageError if a run is under way in it, or if none ever made it."""
+    if not results.is_dir() or not os.listdir(results):
+        print(f"nothing to delete: there is nothing in {results}")
         return
     if not (results / RUN_LOCK).is_file():
         raise UsageError(f"{results} was not made by ./run_all.sh, so it is not deleted")
     with sole_run(results):
-        shutil.rmtree(results)
+        for path in results.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != RUN_LOCK:
+                path.unlink()
+        (results / RUN_LOCK).unlink()
+    with suppress(OSError):  # a link to the folder, or the next run has begun in it
+        results.rmdir()
     print(f"deleted {results}")
 
 
@@ -259,7 +280,7 @@ def command(arguments: Sequence[str]) -> int:
     if options.source:
         take_in(options.source, results_folder())
         return 0
-    notebooks = read_notebooks(Path(os.environ.get("APPROX_NOTEBOOKS", ROOT / "notebooks")).resolve())
+    notebooks = read_notebooks(Path(os.environ.get("APPROX_NOTEBOOKS") or ROOT / "notebooks").resolve())
     if options.list:
         show_choices(notebooks)
         return 0
@@ -267,9 +288,8 @@ def command(arguments: Sequence[str]) -> int:
     jobs = plan(options, chosen_notebooks(options.notebooks, notebooks), models)
     check_scale(options)
     results = results_folder()
-    graph = Graph(
-        {job.key: job for job in jobs}, results, results / "logs", options.jobs, options.profile, again=options.rejudge
-    )
+    keyed = {job.key: job for job in jobs}
+    graph = Graph(keyed, results, results / "logs", options.jobs, options.profile, rerun_all=options.rejudge)
     if options.dry_run:
         show_plan(graph)
         return 0
@@ -290,7 +310,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         return command(arguments)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from typing import Any
 from lib.estimates import need
 from lib.parameters import UsageError
 from lib.paths import ROOT
-from lib.processes import Locked, die_with_parent, lock
+from lib.processes import Locked, die_with_parent, lock, signals_held
 
 RUN_LOCK_SECONDS = 3.0  # a killed run lets go within moments
-STOP_SECONDS = {None: 5.0, "slurm": 30.0}  # cancelling submitted jobs takes longer
+STOP_SECONDS, CANCEL_SECONDS = 5.0, 30.0  # cancelling submitted jobs takes longer
 RUN_LOCK = ".run.lock"
 
 
@@ -56,14 +57,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Graph:
-    """Jobs by key, and how to run them. limit: jobs at a time (None: one per GPU, else two). profile: of a cluster."""
+    """Jobs by key, and how to run them. jobs_at_once: None for one per GPU, else two. profile: of a cluster."""
 
     jobs: dict[str, Job]
     results: Path
     logs: Path
-    limit: int | None = None
+    jobs_at_once: int | None = None
     profile: str | None = None
-    again: bool = False
+    rerun_all: bool = False
 
     @property
     def source_cache(self) -> Path:
@@ -72,8 +73,9 @@ class Graph:
 
     @property
     def events(self) -> Path:
-        """The file to which jobs append what happens to them, a JSON object per line."""
-        return self.logs / "events.jsonl"
+        """The folder where each job tells what happens to it, a JSON object per line of a file of its own: cluster
+        nodes that append to one file on a shared disk lose lines."""
+        return self.logs / "events"
 
     def write(self) -> None:
         """Writes what the Snakefile and `lib.execute` read. On a cluster the scheduler hands out cores and GPUs.
@@ -82,7 +84,7 @@ class Graph:
         shutil.rmtree(self.source_cache, ignore_errors=True)
         cores = len(os.sched_getaffinity(0))
         gpus = [] if self.profile else visible_gpus()
-        workers = 1 if self.profile else self.limit or len(gpus) or min(2, cores)
+        workers = 1 if self.profile else self.jobs_at_once or len(gpus) or min(2, cores)
         content = {
             "jobs": {
                 key: asdict(job) | {"gigabytes": need(job.notebook, job.parameters, bool(self.profile)).gigabytes}
@@ -93,17 +95,17 @@ class Graph:
             "threads": max(1, cores // workers),
             "gpus": gpus,
         }
-        self.logs.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.events, ignore_errors=True)
+        self.events.mkdir(parents=True)
         (self.logs / "plan.json").write_text(json.dumps(content, indent=1))
-        self.events.write_text("")
 
     def start(self, *more: str, **options: Any) -> subprocess.Popen[str]:
         """Starts Snakemake, in a session of its own. Not locked by Snakemake, whose lock would outlive a kill."""
         plan = self.logs / "plan.json"
         if self.profile:
             scale = ["--profile", str(ROOT / "profiles" / self.profile)]
-            scale += ["--jobs", str(self.limit)] if self.limit else []
-            if self.profile == "slurm" and not accounting():
+            scale += ["--jobs", str(self.jobs_at_once)] if self.jobs_at_once else []
+            if self.profile == "slurm" and not keeps_accounts():
                 scale += ["--slurm-status-command", "squeue"]
         else:
             scale = ["--cores", str(json.loads(plan.read_text())["workers"])]
@@ -112,7 +114,7 @@ class Graph:
             *("--directory", str(self.results), "--config", f"plan={plan}"),
             *("--runtime-source-cache-path", str(self.source_cache)),
             *("--nolock", "--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime", "params"),
-            *(["--forceall"] if self.again else []),
+            *(["--forceall"] if self.rerun_all else []),
             *scale,
             *more,
             "--",
@@ -120,12 +122,14 @@ class Graph:
         ]
         follow = functools.partial(die_with_parent, os.getpid())
         options = {"stdin": subprocess.DEVNULL, "text": True, "start_new_session": True, **options}
-        return subprocess.Popen(command, preexec_fn=follow, env={**os.environ, "PYTHONPATH": _python_path()}, **options)
+        environment = {**os.environ, "PYTHONPATH": _python_path()}
+        with signals_held():
+            return subprocess.Popen(command, preexec_fn=follow, env=environment, **options)
 
     def pending(self) -> list[Job]:
         """The jobs that are not up to date. Snakemake is asked only where there is something to compare with."""
         self.write()
-        if self.again or not any((self.results / f"{key}.ipynb").is_file() for key in self.jobs):
+        if self.rerun_all or not any((self.results / f"{key}.ipynb").is_file() for key in self.jobs):
             return list(self.jobs.values())
         with self.start("--summary", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             answer = process.communicate()[0]
@@ -139,16 +143,16 @@ class Graph:
     def run(self, pending: list[Job]) -> int:
         """Runs what is pending and prints its progress. Returns how many jobs are not done at the end."""
         progress = Progress(pending, self.logs)
-        with (self.logs / "snakemake.log").open("w") as log, self.events.open() as events:
+        with (self.logs / "snakemake.log").open("w") as log:
             process = self.start(stdout=log, stderr=subprocess.STDOUT)
             try:
                 while process.poll() is None:
-                    progress.read(events)
+                    progress.read(self.events)
                     time.sleep(0.2)
             except Stopped:
-                stop(process, STOP_SECONDS.get(self.profile, 30.0))
+                stop(process, CANCEL_SECONDS if self.profile else STOP_SECONDS)
                 raise
-            progress.read(events)
+            progress.read(self.events)
         progress.close(slurm_verdicts((self.logs / "snakemake.log").read_text(errors="replace")))
         return len(pending) - progress.done
 
@@ -176,13 +180,16 @@ class Progress:
         self.logs = logs
         self.width = max(len(job.title) for job in pending)
         self.numbers: dict[str, int] = {}
+        self.shown: Counter[Path] = Counter()  # lines, by file
         self.running: set[str] = set()
         self.done = 0
 
-    def read(self, events: Iterable[str]) -> None:
-        """Shows the events that were written since the last call."""
-        for line in events:
-            self.show(**json.loads(line))
+    def read(self, events: Path) -> None:
+        """Shows the events that were written since the last call; a line that is half written is left for the next."""
+        for path in sorted(events.glob("*.jsonl")):
+            for line in path.read_text(encoding="utf-8").split("\n")[self.shown[path] : -1]:
+                self.shown[path] += 1
+                self.show(**json.loads(line))
 
     def show(self, job: str, state: str, seconds: float = 0.0, message: str = "") -> None:
         """One line for an event of `lib.execute.report`: started, done (after seconds) or failed (with a message)."""
@@ -223,7 +230,7 @@ def visible_gpus() -> list[str]:
     return [str(index) for index in range(len(re.findall(r"^GPU \d+:", answer, re.MULTILINE)))]
 
 
-def accounting() -> bool:
+def keeps_accounts() -> bool:
     """Whether Slurm keeps accounts. Without them sacct, which the executor asks by default, never tells of any job."""
     return bool(shutil.which("sacct")) and subprocess.run(["sacct", "--noheader"], capture_output=True).returncode == 0
 
@@ -231,8 +238,11 @@ def accounting() -> bool:
 @contextmanager
 def sole_run(results: Path) -> Iterator[None]:
     """One run at a time per results folder. UsageError if another is under way, or the folder cannot be locked."""
-    try:
-        with lock(results / RUN_LOCK, RUN_LOCK_SECONDS):
-            yield
-    except Locked:
-        raise UsageError(f"another run is under way in {results}; wait for it, or use --out") from None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock(results / RUN_LOCK, RUN_LOCK_SECONDS))
+        except Locked:
+            raise UsageError(f"another run is under way in {results}; wait for it, or use --out") from None
+        except OSError as error:
+            raise UsageError(f"cannot lock {results}: {error.strerror}; choose another folder with --out") from None
+        yield

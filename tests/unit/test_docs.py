@@ -106,6 +106,7 @@ def test_links_lead_somewhere(document):
 def test_commands_use_options_that_exist(document, tmp_path, monkeypatch):
     (tmp_path / "my-smollm").mkdir()
     (tmp_path / "my-smollm" / "config.json").write_text("{}")
+    (tmp_path / "my_prompts.jsonl").write_text('{"prompt": "paint the lamp"}')
     monkeypatch.chdir(tmp_path)
     notebooks = run.read_notebooks(ROOT / "notebooks")
     text = document.read_text(encoding="utf-8")
@@ -200,6 +201,7 @@ def second_run(folder: Path) -> None:
 
 
 def foreign_folder(folder: Path) -> None:
+    (folder / "thesis.tex").write_text("years of work")
     run.clean(folder)
 
 
