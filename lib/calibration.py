@@ -11,9 +11,10 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lib.anatomy import FINAL, anatomy, text_config
+from lib.anatomy import FINAL, anatomy, expand_sites, text_config
 from lib.approximations import omniquant, teal
 from lib.approximations.technique import State, Step, Technique
+from lib.errors import PlainError
+from lib.generation import NonFiniteError
 from lib.models import weights_hash
 from lib.patching import approximated, observed
 from lib.paths import atomic, cache_folder
@@ -38,38 +41,38 @@ SHORT_WINDOWS = 64  # for models whose window is short
 MIN_TOKENS = 2048  # fewer leave a 10,000-bin histogram of the hidden channels unstable
 TOKENS_PER_PASS = 8192
 GREEDY_TOKENS, TRAINING_WINDOWS = 512, 16
+DAMAGED = "calibration cache %s is damaged (%s): computing it again"
 CODE = ("lib.calibration", "lib.anatomy", "lib.patching", "lib.approximations.teal")
 
 
-class CalibrationError(ValueError):
+class CalibrationError(PlainError, ValueError):
     """The calibration text is unfit; the message says how much is needed."""
 
 
 def calibrate(technique: Technique, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> State | None:
-    """The technique's state for this model from these texts; None if it needs none. Cached under data/cache."""
+    """The technique's state for this model from these texts; None if it needs none. Cached under data/cache.
+
+    NonFiniteError where its training diverges."""
     if not technique.needs_calibration:
         return None
     ids = windows(tokenizer, texts, window_length(model))
     code = source_hash(*CODE, "lib.approximations.smoothquant", type(technique).__module__)
     key = content_key([weights_hash(model), ids.tolist(), technique.name, technique.settings, code])
     path = cache_folder() / "states" / f"{key}.safetensors"
-    stored = _stored(path)
-    return _store(path, technique.fit(Calibration(model, ids))) if stored is None else stored
-
-
-def _stored(path: Path) -> dict[str, Tensor] | None:
-    """A cached file's tensors; None if there is no file, or a damaged one, which is computed again."""
-    if not path.is_file():
-        return None
     try:
-        return load_file(path)
+        return _cached(path, lambda: technique.fit(Calibration(model, ids)))
+    except FloatingPointError as error:
+        raise NonFiniteError(str(error)) from error
+
+
+def _cached(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A file's tensors; where there is no file, or a damaged one, they are computed and written."""
+    try:
+        if path.is_file():
+            return load_file(path)
     except SafetensorError as error:
-        log.warning("calibration cache %s is damaged (%s): computing it again", path.name, error)
-        return None
-
-
-def _store(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Writes the tensors and returns them as they will be read."""
+        log.warning(DAMAGED, path.name, error)
+    tensors = compute()
     with atomic(path) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
     return load_file(path)
@@ -90,29 +93,28 @@ def windows(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
+class _Start(NamedTuple):
+    """What enters block 0 [windows, length, hidden], and each block's keyword arguments (masks, positions) in the first
+    batch, which all batches share."""
+
+    states: Tensor
+    keywords: dict[int, dict[str, Any]]
+
+
 class Calibration:
     """Statistics of one model on one set of windows [windows, length]; see `approximations.technique.Statistics`."""
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
         self.model, self.body = model, anatomy(model)
         config = text_config(model)
-        self.n_layers, self.n_tokens, self.window = len(self.body.blocks), ids.numel(), ids.shape[1]
-        self.activation = self.body.activation
+        self.n_layers = len(self.body.blocks)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.batch = max(size for size in range(1, len(ids) + 1) if self._fits(size, ids))
-        self.ids = ids
-        self._greedy: dict[int, teal.Trace] = {}
+        self.ids, self.batch = ids, max(1, TOKENS_PER_PASS // ids.shape[1])
         self._rounded: list[Tensor] = []
         self._dense: tuple[int, Tensor] | None = None
         key = content_key([weights_hash(model), ids.tolist(), source_hash(*CODE)])
         self._path = cache_folder() / "statistics" / key
-        path = self._path.with_suffix(".safetensors")
-        stored = _stored(path)
-        self._tensors = _store(path, self._measured()) if stored is None else stored
-
-    @staticmethod
-    def _fits(size: int, ids: Tensor) -> bool:
-        return len(ids) % size == 0 and (size == 1 or size * ids.shape[1] <= TOKENS_PER_PASS)
+        self._tensors = _cached(self._path.with_suffix(".safetensors"), self._measured)
 
     def histogram(self, layer: int, site: str) -> tuple[Tensor, Tensor]:
         return self._tensors[f"{layer}.{site}.centers"], self._tensors[f"{layer}.{site}.counts"]
@@ -136,33 +138,31 @@ class Calibration:
     def greedy_trace(self, layer: int) -> teal.Trace:
         """TEAL's search on this block, with dense inputs; its error is read off the block's real output."""
         path = self._path.with_suffix(f".greedy{layer}.json")
-        if layer not in self._greedy and path.is_file():
-            try:
+        try:
+            if path.is_file():
                 stored = json.loads(path.read_text())
-                self._greedy[layer] = teal.Trace(**stored | {k: tuple(stored[k]) for k in ("order", "errors")})
-            except (ValueError, KeyError, TypeError) as error:
-                log.warning("calibration cache %s is damaged (%s): computing it again", path.name, error)
-        if layer not in self._greedy:
-            inputs = self.dense_inputs(layer)[: max(1, GREEDY_TOKENS // self.window)]
-            reference = self.run_block(layer, inputs)
+                return teal.Trace(**stored | {k: tuple(stored[k]) for k in ("order", "errors")})
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning(DAMAGED, path.name, error)
+        sizes = self._relative_sizes(layer)
+        inputs = self.dense_inputs(layer)[: max(1, GREEDY_TOKENS // self.ids.shape[1])]
+        reference = self.run_block(layer, inputs)
 
-            def block_error(sparsities: dict[str, float]) -> float:
-                state = teal.layer_thresholds(self, layer, sparsities)
-                with approximated(self.model, teal.Teal(), state, layers=[layer]):
-                    return float(teal.activation_error(self.run_block(layer, inputs), reference))
+        def block_error(sparsities: dict[str, float]) -> float:
+            state = teal.layer_thresholds(self, layer, sparsities)
+            with approximated(self.model, teal.Teal(), state, layers=[layer]):
+                return float(teal.activation_error(self.run_block(layer, inputs), reference))
 
-            trace = teal.greedy_allocation(block_error, self._relative_sizes(layer))
-            with atomic(path) as temporary:
-                record = {n: getattr(trace, n) for n in ("weights", "base_step", "order", "errors")}
-                temporary.write_text(json.dumps(record))
-            self._greedy[layer] = trace
-        return self._greedy[layer]
+        trace = teal.greedy_allocation(block_error, sizes)
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(asdict(trace)))
+        return trace
 
     def _relative_sizes(self, layer: int) -> dict[str, float]:
         """Parameters of each projection, in units of q's."""
         projections = self.body.blocks[layer].projections
         if set(teal.SITES) - set(projections):
-            raise CalibrationError("teal: allocation='greedy' needs blocks of seven linear layers; use 'uniform'")
+            raise CalibrationError("teal: allocation='greedy' needs blocks of seven linear layers; choose uniform")
         return {name: projections[name].weight.numel() / projections["q"].weight.numel() for name in teal.SITES}
 
     def train_scales(self, layer: int, technique: Technique, initial: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,16 +172,16 @@ class Calibration:
         if layer == 0:
             self._rounded = list(dense.split(1))
 
-        def run_block(scales: dict[str, Tensor], x: Tensor) -> Tensor:
+        def rounded(scales: dict[str, Tensor], x: Tensor) -> Tensor:
             state = {f"{layer}.{name}": value for name, value in scales.items()}
             with approximated(self.model, technique, state, layers=[layer]):
-                return self._call(layer, x)
+                return self._forward(layer, x)
 
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False)
         try:
             scales = omniquant.train_block(
-                run_block,
+                rounded,
                 initial,
                 self._rounded,
                 list(self.run_block(layer, dense).split(1)),
@@ -191,7 +191,7 @@ class Calibration:
                 block=f"block {layer}",
             )
             with torch.no_grad():
-                self._rounded = [run_block(scales, x) for x in self._rounded]
+                self._rounded = [rounded(scales, x) for x in self._rounded]
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
@@ -199,7 +199,7 @@ class Calibration:
 
     def dense_inputs(self, layer: int) -> Tensor:
         """Hidden states [windows, length, hidden] that enter a block of the exact model."""
-        at, states = self._dense if self._dense and self._dense[0] <= layer else (0, self._start[0])
+        at, states = self._dense if self._dense and self._dense[0] <= layer else (0, self._start.states)
         for block in range(at, layer):
             states = self.run_block(block, states)
         self._dense = (layer, states)
@@ -208,18 +208,18 @@ class Calibration:
     @torch.no_grad()
     def run_block(self, layer: int, inputs: Tensor) -> Tensor:
         """The block's output [windows, length, hidden] for its inputs, `self.batch` windows at a time."""
-        return torch.cat([self._call(layer, part) for part in inputs.split(self.batch)])
+        return torch.cat([self._forward(layer, part) for part in inputs.split(self.batch)])
 
-    def _call(self, layer: int, x: Tensor) -> Tensor:
+    def _forward(self, layer: int, x: Tensor) -> Tensor:
+        """The same for at most `self.batch` windows at once, with gradients."""
         block = self.body.blocks[layer].module
-        keywords = {name: _first_rows(value, len(x)) for name, value in self._start[1][layer].items()}
+        keywords = {name: _first_rows(value, len(x)) for name, value in self._start.keywords[layer].items()}
         output = block(x, **keywords)
         return output[0] if isinstance(output, tuple) else output
 
     @cached_property
     @torch.no_grad()
-    def _start(self) -> tuple[Tensor, list[dict[str, Any]]]:
-        """What enters block 0, and each block's keyword arguments (masks, positions), which all batches share."""
+    def _start(self) -> _Start:
         inputs: list[Tensor] = []
         keywords: dict[int, dict[str, Any]] = {}
 
@@ -227,7 +227,7 @@ class Calibration:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 if layer == 0:
                     inputs.append(args[0] if args else kwargs["hidden_states"])
-                keywords[layer] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                keywords.setdefault(layer, {k: v for k, v in kwargs.items() if k != "hidden_states"})
 
             return hook
 
@@ -239,12 +239,12 @@ class Calibration:
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.cat(inputs), [keywords[i] for i in range(len(blocks))]
+        return _Start(torch.cat(inputs), keywords)
 
     def _measured(self) -> dict[str, Tensor]:
         """Every statistic of every layer, by "layer.site.name"."""
         tensors: dict[str, Tensor] = {}
-        states = self._start[0]
+        states = self._start.states
         for layer in tqdm(range(self.n_layers), desc="calibration", leave=False, disable=self.n_layers < 2):
             states = self._measure(layer, states, tensors)
         tensors[f"{FINAL}.norm_final.mean_square"] = _extremes(states)
@@ -264,7 +264,8 @@ class Calibration:
             for site, norm in norms
         ]
         try:
-            with observed(self.model, _observable(self, layer), read):
+            sites = dict.fromkeys((*HISTOGRAM_SITES, *CHANNEL_SITES))
+            with observed(self.model, [s for s in sites if expand_sites(self.body.blocks[layer], s)], read):
                 outputs = self.run_block(layer, inputs)
         finally:
             for handle in handles:
@@ -279,15 +280,6 @@ class Calibration:
             if site in CHANNEL_SITES:
                 tensors[f"{layer}.{site}.max"] = x.abs().amax(0).float()
         return outputs
-
-
-def _observable(calibration: Calibration, layer: int) -> list[str]:
-    """The measured sites that this model has."""
-    projections = calibration.body.blocks[layer].projections
-    experts = calibration.body.blocks[layer].experts is not None
-    needs = {"attn_in": "q", "attn_out": "o", "mlp_in": "gate", "mlp_mid": "down", "act": "gate"}
-    sites = dict.fromkeys((*HISTOGRAM_SITES, *CHANNEL_SITES))
-    return [s for s in sites if needs.get(s, s) in projections or (experts and needs.get(s, s) in ("gate", "down"))]
 
 
 def _extremes(x: Tensor) -> Tensor:

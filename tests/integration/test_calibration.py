@@ -12,6 +12,7 @@ from lib import calibration
 from lib.anatomy import anatomy
 from lib.approximations import make, omniquant, teal
 from lib.calibration import Calibration, CalibrationError
+from lib.errors import PlainError
 from lib.patching import approximated
 from tests.families import random_model
 from tests.integration.test_techniques import Words, random_texts
@@ -65,7 +66,7 @@ def test_statistics_are_those_of_the_whole_model(family):
     model = random_model(family)
     ids = token_windows(model)
     measured = Calibration(model, ids)
-    assert (measured.n_layers, measured.n_tokens, measured.window) == (2, 2048, 64)
+    assert (measured.n_layers, tuple(measured.ids.shape)) == (2, (32, 64))
     for layer in range(2):
         sites, norm_inputs = directly_measured(model, ids, layer)
         for site, x in sites.items():
@@ -130,13 +131,30 @@ def test_damaged_cache_files_are_computed_again(cache, caplog):
     assert len(warnings) == 2 and all("damaged" in line and "\n" not in line for line in warnings)
 
 
-def test_too_little_text_says_how_much_is_needed():
-    with pytest.raises(CalibrationError, match=r"has 3 tokens.*at least 2048"):
+def test_too_little_text_says_how_much_is_needed_in_one_plain_line():
+    with pytest.raises(PlainError, match=r"has 3 tokens.*at least 2048"):
         calibration.calibrate(make("teal"), random_model("llama"), Words(), ["5 6 7"])
 
 
 def test_what_needs_no_calibration_needs_no_text():
     assert make("gaussian").calibrate(random_model("llama"), Words(), []) is None
+
+
+def test_greedy_allocation_in_a_mixture_is_one_plain_line():
+    model = random_model("mixtral")
+    with pytest.raises(CalibrationError, match="choose uniform"):
+        calibration.calibrate(make("teal", allocation="greedy"), model, Words(), random_texts())
+
+
+def test_windows_that_fill_no_whole_number_of_passes_are_all_measured(cache, monkeypatch):
+    model = random_model("mistral")
+    whole = Calibration(model, token_windows(model))
+    monkeypatch.setenv("APPROX_CACHE", str(cache / "other"))
+    monkeypatch.setattr(calibration, "TOKENS_PER_PASS", 5 * 64)  # 32 windows: six passes of five and one of two
+    parts = Calibration(model, token_windows(model))
+    assert parts.batch == 5
+    for name, value in whole._tensors.items():
+        torch.testing.assert_close(parts._tensors[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_the_greedy_trace_of_a_real_block(cache):
@@ -150,7 +168,7 @@ def test_the_greedy_trace_of_a_real_block(cache):
     assert 0.9 <= trace.effective[-1] < 0.91 + steps[0]
     errors = torch.tensor(trace.errors)
     assert (errors[1:] > 0.97 * errors[:-1].cummax(0).values).all() and errors[-1] > 5 * errors[10]
-    inputs = measured.dense_inputs(0)[: max(1, calibration.GREEDY_TOKENS // measured.window)]
+    inputs = measured.dense_inputs(0)[: max(1, calibration.GREEDY_TOKENS // measured.ids.shape[1])]
     reference = measured.run_block(0, inputs)
     better = []
     for row in range(len(trace.order) // 10, len(trace.order), 10):
@@ -187,7 +205,7 @@ def test_training_beats_the_initial_scales_and_those_plain_rounding(family):
             norm.weight[[3, 17]] = torch.tensor([4.0, 6.0])
     measured = Calibration(model, token_windows(model))
     settings = {"bits": 4, "attention": False}
-    ladder = [make("omniquant", **settings, epochs=8), make("omniquant", **settings, train=False)]
+    ladder = [make("omniquant", **settings, epochs=8, learning_rate=1e-2), make("omniquant", **settings, train=False)]
     trained, initial, plain = block_errors(model, measured, [*ladder, make("omniquant", **settings, smooth=False)])
     assert trained < 0.97 * initial and initial < 0.97 * plain
 
