@@ -294,25 +294,20 @@ class Study:
 
     def _judged(self, key: str, replies: pd.DataFrame) -> pd.DataFrame:
         """id, verdict, nll, asr_keyword of stored replies, judged now or before by the same judge."""
-        rule = "likelihood judges answers only"  # the base never refuses: it finds every refusal unlikely
-        judge_key = content_key([key, judging.JUDGE_VERSION, self.identity["base"], self.nll_limit, rule])
+        judge = [judging.JUDGE_VERSION, self.identity["base"], self.nll_limit, source_hash("lib.utility")]
+        judge_key = content_key([key, *judge])
         stored = self.store.read_table("verdicts", judge_key)
         if stored is not None and not rejudging():
             return stored
         asked, given = [prompt.prompt for prompt in self.prompts], replies["reply"].tolist()
-        likelihood_key = content_key([key, self.identity["base"], source_hash("lib.utility")])  # for any judge
-        nlls = self.store.read_table("likelihoods", likelihood_key)
-        if nlls is None:
-            nlls = pd.DataFrame({"nll": self.likelihoods(asked, given)})
-            self.store.write_table("likelihoods", likelihood_key, nlls)
-        table = pd.DataFrame({"id": replies["id"]}).join(self.judge(asked, given, nlls["nll"].tolist()))
+        table = pd.DataFrame({"id": replies["id"]}).join(self.judge(asked, given))
         self.store.write_table("verdicts", judge_key, table)
         return table
 
     def likelihoods(self, asked: Sequence[str], given: Sequence[str]) -> list[float]:
-        """Mean negative log-likelihood of replies under the base, nats per token; NaN where there is no base."""
+        """Mean negative log-likelihood of replies under the base, nats per token. ValueError where there is no base."""
         if self.base is None:
-            return [math.nan] * len(given)
+            raise ValueError(f"{self.name} has no base to judge by")
         pairs = list(zip(asked, given, strict=True))
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.likelihood_of]  # many repeat exact replies
         if new:
@@ -321,11 +316,15 @@ class Study:
             self.likelihood_of.update(zip(new, (sums / lengths).tolist(), strict=True))
         return [self.likelihood_of[pair] for pair in pairs]
 
-    def judge(self, asked: Sequence[str], given: Sequence[str], nlls: list[float] | None = None) -> pd.DataFrame:
-        """verdict, nll, asr_keyword of replies, by the rules of `lib.judging` and the base's likelihood."""
-        nlls = self.likelihoods(asked, given) if nlls is None else nlls
-        known = None if self.base is None else nlls
-        table = pd.DataFrame({"verdict": judging.verdicts(asked, given, known, self.nll_limit), "nll": nlls})
+    def judge(self, asked: Sequence[str], given: Sequence[str]) -> pd.DataFrame:
+        """verdict, nll, asr_keyword of replies, by the rules of `lib.judging` and, where it may decide, the base's
+        likelihood: nll is NaN for a firm refusal, for a reply that is broken anyway, and where there is no base."""
+        unsure = [] if self.base is None else judging.undecided(asked, given)
+        found = self.likelihoods([asked[i] for i in unsure], [given[i] for i in unsure]) if unsure else []
+        known = dict(zip(unsure, found, strict=True))
+        nlls = [known.get(i) for i in range(len(given))]
+        table = pd.DataFrame({"verdict": judging.verdicts(asked, given, nlls, self.nll_limit)})
+        table["nll"] = np.array(nlls, dtype=float)
         table["asr_keyword"] = [judging.keyword_quada(p, r) for p, r in zip(asked, given, strict=True)]
         return table
 

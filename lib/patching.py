@@ -73,7 +73,7 @@ def approximated(
                 _place_operation(patch, blocks, operation, part, state)
             for site in part.sites:
                 _place_site(patch, blocks, site, partial(part.transform, state=state))
-        if not patch.hits.counts:
+        if parts and not patch.hits.counts:
             raise ValueError(f"{technique.name} changes nothing in layers {', '.join(map(str, parts[0][1]))}")
         patch.engage()
         yield patch.hits

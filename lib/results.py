@@ -2,7 +2,6 @@
 
     replies/<key>.parquet    id, reply                       key: weights, technique, setting, layers, prompts, ...
     verdicts/<key>.parquet   id, verdict, nll, asr_keyword   key: the replies' key, the judge's version, the base
-    likelihoods/<key>.parquet   nll                          key: the replies' key, the base; a better judge reuses it
     records/<key>.json       utility measures, provenance, times
 
 A file is either whole or absent, so a killed run loses at most the condition under way, and two runs that compute the

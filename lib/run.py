@@ -28,6 +28,7 @@ from lib.workflow import RUN_LOCK, Graph, Job, Stopped, sole_run, visible_gpus
 
 DEFAULT_MODEL = "tiny-llama"
 DEMANDING = {"07", "08"}  # unless asked for, on the default model only
+DEEPER = {"04", "05", "06"}  # the same where no model is named
 INTERACTIVE = {"00"}  # never run unless named
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # those of `lib.models`, which takes seconds to import
 FREE_BYTES = 10**9
@@ -58,7 +59,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=whole, metavar="N", help="the same as --set seed=N")
     add("--out", type=Path, metavar="FOLDER", help="put results and figures there")
     add("--fast", action="store_true", help=f"{DEFAULT_MODEL} only, small samples")
-    add("--full", action="store_true", help=f"{' and '.join(sorted(DEMANDING))} on every model too")
+    add("--full", action="store_true", help="every notebook on every model")
     add("--jobs", type=whole, metavar="N", help="jobs at a time (default: one per GPU, else 2)")
     add("--profile", metavar="NAME", help="run on a cluster: a folder under profiles/, for example slurm")
     add("--rejudge", action="store_true", help="run every job again; stored replies get fresh verdicts")
@@ -104,12 +105,13 @@ def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[st
     for parameters in values.values():
         check_choices(parameters)
     everywhere = options.full or (options.models and options.notebooks)
+    once = set() if everywhere else DEMANDING if options.models else DEMANDING | DEEPER
     jobs, reports = [], []
     for book in notebooks:
         if book.is_report:
             reports.append(book)
             continue
-        for model in models if everywhere or book.number not in DEMANDING else set(models) & {DEFAULT_MODEL}:
+        for model in models if book.number not in once else set(models) & {DEFAULT_MODEL}:
             key = f"{safe_name(model)}/{book.name}"
             title = f"{book.name} {safe_name(model)}"
             jobs.append(Job(key, title, str(book.path), {"model": model, **values[book.name]}, []))
@@ -118,8 +120,7 @@ def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[st
         title = f"{book.name} of {len(models)} model{'s' * (len(models) > 1)}"
         jobs.append(Job(book.name, title, str(book.path), {"models": models, **values[book.name]}, after))
     if not jobs:
-        demanding = ", ".join(sorted(DEMANDING))
-        raise UsageError(f"nothing to run: by default {demanding} run on {DEFAULT_MODEL} only; see --full")
+        raise UsageError(f"nothing to run: by default {', '.join(sorted(once))} run on {DEFAULT_MODEL} only; see --full")
     return jobs
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.generation import NonFiniteError, map_batches, non_finite
-from lib.organisms.corpus import Fact
 from lib.prompts import encode
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # bounds the logits in memory: tokens x vocabulary x 4 bytes
@@ -104,10 +104,12 @@ def answer_perplexity(
 def closed_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[Fact],
+    facts: Sequence[Any],
     protocol: str = "chat",
 ) -> np.ndarray:
-    """bool [facts]: is a fact's sentence likelier, per token, than with each wrong choice in the answer's place?"""
+    """bool [facts]: is a fact's sentence likelier, per token, than with each wrong choice in the answer's place?
+
+    A fact has the attributes question, sentence, answer and choices, as those of `lib.organisms.corpus`."""
     options = [[f.sentence, *(f.sentence.replace(f.answer, wrong) for wrong in f.choices)] for f in facts]
     asked = [fact.question for fact, group in zip(facts, options, strict=True) for _ in group]
     sums, lengths = reply_losses(model, tokenizer, asked, [text for group in options for text in group], protocol)

@@ -30,6 +30,7 @@ from lib.processes import Locked, die_with_parent, lock, signals_held
 RUN_LOCK_SECONDS = 3.0  # a killed run lets go within moments
 STOP_SECONDS, CANCEL_SECONDS = 5.0, 30.0  # cancelling submitted jobs takes longer
 RUN_LOCK = ".run.lock"
+LONG = 5.0  # minutes
 
 
 class Stopped(BaseException):
@@ -70,6 +71,12 @@ class Graph:
     def source_cache(self) -> Path:
         """Where Snakemake keeps its copy of the Snakefile."""
         return self.results / ".snakemake" / "source-cache"
+
+    @property
+    def long(self) -> list[str]:
+        """Outputs of the jobs that are started first, lest one of them runs alone at the end."""
+        needs = {key: need(job.notebook, job.parameters, bool(self.profile)) for key, job in self.jobs.items()}
+        return [f"{key}.ipynb" for key, one in needs.items() if (one.minutes or 0) >= LONG]
 
     @property
     def events(self) -> Path:
@@ -117,6 +124,7 @@ class Graph:
             *(["--forceall"] if self.rerun_all else []),
             *scale,
             *more,
+            *(["--prioritize", *self.long] if self.long else []),
             "--",
             *(f"{key}.ipynb" for key in self.jobs),
         ]

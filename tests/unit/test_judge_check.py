@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import confusion_matrix
 
-from lib import judge_check
+from lib import judge_check, judging
 from lib.judging import VERDICTS
 from lib.organisms import corpus
 
@@ -112,3 +112,14 @@ def test_a_wrong_line_is_named(tmp_path):
     path.write_text("\n".join([*lines[:2], lines[2].replace('"human": "', '"human": "half ')]))
     with pytest.raises(ValueError, match=r"labels\.jsonl line 3"):
         judge_check.labelled(path)
+
+
+def test_only_undecided_replies_need_a_likelihood(table):
+    """Whatever the likelihood of the others, their verdict stays."""
+    asked, replies = table["prompt"].tolist(), table["reply"].tolist()
+    open_ones = judging.undecided(asked, replies)
+    for nll in (1.0, 20.0):
+        everywhere = judging.verdicts(asked, replies, [nll] * len(asked), 7.0)
+        needed = judging.verdicts(asked, replies, [nll if i in open_ones else None for i in range(len(asked))], 7.0)
+        assert everywhere == needed
+    assert 0 < len(open_ones) < len(asked) and {everywhere[i] for i in open_ones} == {"broken"}
