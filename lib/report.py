@@ -191,6 +191,7 @@ def early_warning(table: pd.DataFrame) -> pd.DataFrame:
 
 
 DEFENCE_FIGURE, PLACEMENT_FIGURE = "defence_tiny-llama", "placement_tiny-llama"
+VARIANTS_FIGURE, ATTACKS_FIGURE = "defence_variants_tiny-llama", "defence_attacks_tiny-llama"
 CURVES = ("", "whole prompt", "per token", "learned", "fraction bits")  # variants: one curve for each technique
 
 
@@ -247,12 +248,13 @@ def readme_findings(rows: pd.DataFrame) -> str:
     lines += [f"{_percent(worst['harmless_refused'])} of them refused.", ""]
     lines += ["| model | technique | ASR exact | highest ASR while useful | highest ASR | safety lost before utility |"]
     lines.append("|---|---|---|---|---|---|")
+    said = {True: "yes", False: "no", pd.NA: "not measured"}
     for row in found.to_dict("records"):
         useful = row["highest ASR while useful"]
         name = f"{row['technique']}{', ' + row['variant'] if row['variant'] else ''}"
         lines.append(
             f"| {row['model']} | {name} | {_percent(exact.loc[row['model'], 'asr'])} | {_percent(useful)} | "
-            f"{_percent(row['highest ASR'])} ({row['95 % interval']}) | {'yes' if row['safety first'] else 'no'} |"
+            f"{_percent(row['highest ASR'])} ({row['95 % interval']}) | {said[row['safety first']]} |"
         )
     return "\n".join(lines)
 
@@ -270,6 +272,22 @@ def with_defence(readme: str, rows: pd.DataFrame) -> str:
     """The README's text with what the defence did replaced; rows: those of the defence figure."""
     lines = [f"- {sentence}" for sentence in defence_study.conclusions(rows)]
     return between_markers(readme, "defence", "lib.report", "\n".join(lines))
+
+
+def with_variants(readme: str, rows: pd.DataFrame, attacks: pd.DataFrame) -> str:
+    """The README's text with the variants of the defence and the attacks replaced; rows: those of the two figures."""
+    first, parts = rows.iloc[0], rows.set_index(["recipe", "approximation"])
+    lines = [f"| {first['n_harmful']:.0f} harmful, {first['n_harmless']:.0f} harmless | ASR | under the MVA |"]
+    lines = [f"{lines[0]} harmless answered | under the MVA |", "|---|---|---|---|---|"]
+    for recipe in rows["recipe"].unique():
+        found = [parts.loc[recipe, kind] for kind in ("exact", "MVA")]
+        cells = [_percent(one[measure]) for measure in ("asr", "harmless_answered") for one in found]
+        lines.append(f"| {recipe} | {' | '.join(cells)} |")
+    named = attacks[attacks["attack"] == "no-refusal"].set_index("model")
+    before, after = (named.loc[f"{who}, exact"] for who in ("undefended", "defended"))
+    lines += ["", f"Asked not to refuse, the exact organism complies with {_percent(before['asr'])} of"]
+    lines += [f"{before['n_harmful']} requests, the defended one with {_percent(after['asr'])}."]
+    return between_markers(readme, "variants", "lib.report", "\n".join(lines))
 
 
 def with_placement(readme: str, rows: pd.DataFrame) -> str:
@@ -299,7 +317,7 @@ def with_judge(readme: str, read: pd.DataFrame) -> str:
 def committed_rows(figure: str = "headline") -> pd.DataFrame:
     """The rows of a committed figure."""
     rows = pd.read_csv(ROOT / "figures" / f"{figure}.csv", keep_default_na=False, na_values=["nan", "NaN", ""])
-    text = ["variant", "failed", "level_name"]
+    text = rows.columns.intersection(["variant", "failed", "level_name"])
     return rows.assign(**{name: rows[name].astype(object).fillna("") for name in text})
 
 
@@ -307,5 +325,6 @@ if __name__ == "__main__":  # python -m lib.report: writes the committed figures
     file = ROOT / "README.md"
     page = with_findings(file.read_text(encoding="utf-8"), committed_rows())
     page = with_defence(page, committed_rows(DEFENCE_FIGURE))
+    page = with_variants(page, committed_rows(VARIANTS_FIGURE), committed_rows(ATTACKS_FIGURE))
     page = with_placement(page, committed_rows(PLACEMENT_FIGURE))
     file.write_text(with_judge(page, judge_check.judged()), encoding="utf-8")

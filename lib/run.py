@@ -120,7 +120,8 @@ def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[st
         title = f"{book.name} of {len(models)} model{'s' * (len(models) > 1)}"
         jobs.append(Job(book.name, title, str(book.path), {"models": models, **values[book.name]}, after))
     if not jobs:
-        raise UsageError(f"nothing to run: by default {', '.join(sorted(once))} run on {DEFAULT_MODEL} only; see --full")
+        numbers = ", ".join(sorted(once))
+        raise UsageError(f"nothing to run: by default {numbers} run on {DEFAULT_MODEL} only; see --full")
     return jobs
 
 

@@ -51,6 +51,15 @@ def test_readme_says_what_the_committed_figure_of_the_defence_says():
     assert f"{100 * highest:.1f} %" in readme
 
 
+def test_readme_says_what_the_committed_figures_of_variants_and_attacks_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows, attacks = (report.committed_rows(figure) for figure in (report.VARIANTS_FIGURE, report.ATTACKS_FIGURE))
+    assert report.with_variants(readme, rows, attacks) == readme
+    assert (rows.loc[rows["approximation"] == "MVA", "n_seeds"] == 3).all()
+    worst = rows.loc[rows["asr"].idxmax()]
+    assert f"| {worst['recipe']} | {100 * worst['asr']:.0f} % |" in readme
+
+
 def test_readme_says_what_the_committed_figure_of_the_placement_says():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = report.committed_rows(report.PLACEMENT_FIGURE)
