@@ -201,27 +201,28 @@ def most_vulnerable(study: Study, kind: str = "norm") -> Technique:
     return make(found["technique"], **json.loads(found["settings"]))
 
 
-def error_sizes(study: Study, technique: Technique) -> tuple[float, float]:
-    """(Gaussian std at the input of up, Laplace scale at the input of down) of a technique's error over all layers."""
-    errors = fidelity.pooled_errors(fidelity.site_errors(study, technique))
+def error_sizes(study: Study, technique: Technique, layers: Layers = None) -> tuple[float, float]:
+    """(Gaussian std at the input of up, Laplace scale at the input of down) of the error over all layers of a technique
+    that is applied in `layers`."""
+    errors = fidelity.pooled_errors(fidelity.site_errors(study, technique, layers))
     return errors["up"].std().item(), (errors["down"] - errors["down"].median()).abs().mean().item()
 
 
-def stand_ins(study: Study, technique: Technique) -> dict[str, Technique]:
-    """Noise that stands for a technique at the inputs of up and down in every block.
+def stand_ins(study: Study, technique: Technique, layers: Layers = None) -> dict[str, Technique]:
+    """Noise that stands for a technique at the inputs of up and down in the same layers.
 
     injected: of the measured size, as in the paper. That size already holds what earlier layers pass on, so in a deep
     model the noise adds up to more than the technique's error. matched (ours): scaled until the error that arrives at
     the up-projections, upstream errors included, has the technique's size.
     """
-    up, down = error_sizes(study, technique)
+    up, down = error_sizes(study, technique, layers)
 
     def pair(scale: float) -> Technique:
         return make("gaussian", where=("mlp_in",), std=scale * up, laplace_down=scale * down)
 
     scale = 1.0
     for _ in range(3):  # the error that arrives grows almost in proportion to the noise
-        scale *= up / error_sizes(study, pair(scale))[0]
+        scale *= up / error_sizes(study, pair(scale), layers)[0]
     return {"injected": pair(1.0), "matched": pair(scale)}
 
 
@@ -247,14 +248,15 @@ def against_measured(
 
     exact = part(full.run())
     for condition in conditions:
-        measured = full.summary(part(full.run(condition.technique)), exact, condition)
+        technique, layers = condition.technique, condition.layers
+        measured = full.summary(part(full.run(technique, layers)), exact, condition)
         if measured["failed"]:
             nothing = ("prediction", "std_up", "laplace_down", "noise_std", *PREDICTED)
             rows.append(measured | dict.fromkeys(nothing, math.nan))
             continue
-        up, down = error_sizes(full, condition.technique)
-        for name, noise in stand_ins(full, condition.technique).items():
-            predicted = pooled(summaries(brief, Condition(noise, "noise level", up), seeds))
+        up, down = error_sizes(full, technique, layers)
+        for name, noise in stand_ins(full, technique, layers).items():
+            predicted = pooled(summaries(brief, Condition(noise, "noise level", up, layers=layers), seeds))
             columns = {column: predicted[key] for column, key in PREDICTED.items()} | {"prediction": name}
             rows.append(measured | columns | {"std_up": up, "laplace_down": down, "noise_std": noise.settings["std"]})
     return pd.DataFrame(rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def safety_against_utility(table: pd.DataFrame) -> Figure:
         ax.axvspan(-5, 5, color=figures.GREY, alpha=0.3, linewidth=0)
         entries |= _curves(ax, group, "growth", markersize=4.5, markeredgewidth=0, linewidth=0.7)
         exact = group[group["technique"] == "exact"]
-        look = {"markersize": 8, "markeredgecolor": "black", "linestyle": "none"}
+        look: dict[str, Any] = {"markersize": 8, "markeredgecolor": "black", "linestyle": "none"}
         figures.bars(ax, exact, "growth", "asr", technique_style("exact"), **look, zorder=4)
         entries["exact model"] = figures.line(**technique_style("exact").keywords() | look | {"markersize": 6})
     figures.rate_axis(axes[0, 0].yaxis, rows["asr_high"])
@@ -167,7 +168,7 @@ def ranges(table: pd.DataFrame, valid: Mapping[str, Mapping[str, tuple[float, fl
         ax.vlines(rows["layer"], rows["low"], rows["high"], color=INK, linewidth=3)
         ax.plot(rows["layer"], rows["median"], color="white", marker="o", markeredgecolor="black", linestyle="none")
         figures.wide_axis(ax.yaxis, rows[["minimum", "maximum"]].to_numpy().ravel())
-        ax.set_ylabel(str(quantity))
+        ax.set_ylabel(fill(str(quantity), 20))
         start, bounds = rows["layer"].max() + 1.5, valid.get(str(quantity), {})
         limits = np.array([limit for pair in bounds.values() for limit in pair if np.isfinite(limit)])
         ends = np.array([*limits, *ax.get_ylim()])
