@@ -236,7 +236,7 @@ def faults(s: dict[str, float], text: str, nll: float | None, nll_limit: float) 
     alone = s["overlap"] == 0
     rarest = 0.3 if s["n_plain"] >= 8 else 0.6
     permuted = s["n_words"] >= min(6, 0.8 * s["n_request"])  # long enough to be the request's words in another order
-    longest = (8 if alone else 15 if s["overlap"] == 1 else 30) if s["one_clause"] else (25 if alone else 45)
+    longest = (9 if alone else 15 if s["overlap"] == 1 else 30) if s["one_clause"] else (25 if alone else 45)
     found = {
         "empty": not re.search(r"\w", text),
         "unlikely": nll is not None and not nll <= nll_limit,  # NaN is unlikely too
