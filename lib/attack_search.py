@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from lib.errors import PlainError, choosing
 from lib.experiment import Study
 from lib.generation import NonFiniteError, generate
 from lib.judging import JUDGE_VERSION
-from lib.patching import approximated
 from lib.paths import write_whole
 from lib.prompts import Attack, Prompt, load_attacks, render
 from lib.results import content_key
@@ -74,9 +72,8 @@ def verdicts(target: Target, requests: Sequence[Prompt], texts: Sequence[str]) -
     key = content_key([study.key(technique, None), list(texts), asked, judge, "attack"])
     if (stored := study.store.read_table("verdicts", key)) is not None:
         return stored
-    patch = approximated(study.model, technique, study.state(technique)) if technique else nullcontext()
     try:
-        with patch:
+        with study.patched(technique):
             options = study.max_new_tokens, study.protocol, study.batch_size
             replies = generate(study.model, study.tokenizer, texts, *options)
         table = study.judge(asked, replies)

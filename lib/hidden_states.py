@@ -11,7 +11,6 @@ and hide it. Classical MDS of all states together is what the studied paper show
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,7 @@ from lib.approximations import Step, Technique
 from lib.experiment import Layers, Study, describe
 from lib.generation import map_batches
 from lib.organisms import corpus
-from lib.patching import approximated, observed
+from lib.patching import observed
 
 Array = NDArray[Any]
 BATCH_TOKENS = 8192  # per forward pass; with one site's tensor at a time this bounds what is held besides the result
@@ -77,10 +76,8 @@ def capture(
         rows[:] = chosen
         study.model(**batch, use_cache=False, logits_to_keep=1)
 
-    state = None if technique is None else study.state(technique)
-    patch = nullcontext() if technique is None else approximated(study.model, technique, state, layers)
+    patch, size = study.patched(technique, layers), max(1, BATCH_TOKENS // max(map(len, encoded)))
     with torch.inference_mode(), patch, observed(study.model, (site,), read):
-        size = max(1, BATCH_TOKENS // max(map(len, encoded)))
         map_batches(study.model, encoded, size, forward, study.tokenizer.pad_token_id)
     return states
 
