@@ -39,10 +39,11 @@ def every_condition(model: str, epochs: int = grids.EPOCHS) -> list[Condition]:
 
 
 def main_conditions(model: str, epochs: int = grids.EPOCHS) -> list[Condition]:
-    """One curve per technique: those of `every_condition` that the headline figure draws, and whole systems."""
+    """One curve per technique, which the headline figure draws too, at every second level, and whole systems."""
     curves = {"fraction bits", "whole prompt", "", "per token", "learned"}
+    some = grids.polynomialization(fraction_bits=grids.FRACTION_BITS[::2]) + grids.sparsification(grids.SPARSITIES[::2])
     return [
-        c for c in every_condition(model, epochs)
+        c for c in some + grids.quantization(smoothing_alpha(model), grids.BITS[::2], epochs)
         if c.variant in curves or (c.variant == "parts" and c.technique.operations == OPERATIONS)
     ]  # fmt: skip
 

@@ -355,6 +355,8 @@ def test_the_main_conditions_leave_no_technique_out():
     every = {c.technique.name for c in defence_study.every_condition("tiny-llama")}
     assert {c.technique.name for c in defence_study.main_conditions("tiny-llama")} == every
     assert defence.HELD_OUT in every
+    half = [c.level for c in defence_study.main_conditions("tiny-llama") if c.technique.name == defence.HELD_OUT]
+    assert half == [8, 5, 3]
 
 
 def test_balanced_asks_as_many_harmless_as_harmful(tmp_path):
