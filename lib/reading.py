@@ -16,9 +16,12 @@ PAIRED = ["label", "variant", "asr_increase", "asr_increase_low", "asr_increase_
 
 
 def views(table: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
-    """The summary table in three: verdicts on harmful requests, utility, paired changes against the exact model."""
-    parts = ((RATES, 3), ([*USE, "accuracy"], 3), (PAIRED, 4))
-    return tuple(table.reindex(columns=columns).round(digits) for columns, digits in parts)
+    """The summary table in three: verdicts on harmful requests, utility, paired changes against the exact model.
+
+    Ratios of perplexity are text: one broken condition would have pandas print all as powers of ten."""
+    rates, use, paired = (table.reindex(columns=columns) for columns in (RATES, [*USE, "accuracy"], PAIRED))
+    ratios = use.filter(like="ratio").map("{:.4g}".format, na_action="ignore")
+    return rates.round(3), use.assign(**ratios).round(3), paired.round(4)
 
 
 def keep(store: Store, name: str, table: pd.DataFrame) -> pd.DataFrame:
