@@ -25,7 +25,7 @@ class Size(NamedTuple):
     requests_each: float
 
 
-MINUTES = {"01": 3.7, "02": 4.7, "03": 5.8, "04": 3.6, "05": 1.6, "06": 0.5}
+MINUTES = {"01": 5.2, "02": 7.5, "03": 6.3, "04": 2.9, "05": 2.5, "06": 1.3}
 """Notebook -> minutes of a default run on tiny-llama, for others see `OTHER_MINUTES`."""
 SIZES = {
     "01": Size(31, 150, 2.0),

@@ -367,9 +367,15 @@ def describe(technique: Technique | None) -> str:
     if technique is None:
         return EXACT
     default = type(technique)().settings
-    changed = {k: v for k, v in technique.settings.items() if v != default[k]}
-    text = ", ".join(f"{k}={'+'.join(map(str, v)) if isinstance(v, tuple | list) else v}" for k, v in changed.items())
-    return f"{technique.name} {text}".strip()
+    changed = [f"{key}={_printed(value)}" for key, value in technique.settings.items() if value != default[key]]
+    return f"{technique.name} {', '.join(changed)}".strip()
+
+
+def _printed(value: Any) -> str:
+    """A setting in few characters: items joined, four digits."""
+    if isinstance(value, tuple | list):
+        return "+".join(map(_printed, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def layer_text(layers: Layers) -> str:
