@@ -167,7 +167,9 @@ def test_an_interrupted_sweep_keeps_what_was_finished(lab: Lab, folder: Path):
     failed = reply(kernel.execute(opening))
     assert failed["ename"] == "ModelError" and failed["evalue"].startswith("unknown model 'tiny-lama'; choose one of")
     assert failed["traceback"] == [f"ModelError: {failed['evalue']}"] and "\n" not in failed["evalue"]
-    kernel.run("model, n_prompts, max_new_tokens, levels = 'tiny-llama', 4, 12, [0.5]")
+    kernel.run("model, n_prompts, max_new_tokens, levels = 'tiny-llama', 4, 12, [0.4, 0.5]")
+    kernel.run("from lib.experiment import grid")
+    kernel.run("grids.sparsification = lambda levels, layers: grid('teal', '', layers, sparsity=levels)")
     kernel.run(opening)
 
     def records() -> dict[str, int]:
@@ -191,7 +193,7 @@ def test_an_interrupted_sweep_keeps_what_was_finished(lab: Lab, folder: Path):
 
 def test_the_explorer_answers_to_its_widgets(lab: Lab):
     kernel = Kernel(lab, "00_explore.ipynb")
-    *cells, panel, check = lab.cells("00_explore.ipynb")
+    *cells, panel = lab.cells("00_explore.ipynb")
     for cell in cells:
         messages = kernel.run(cell)
         if '"tiny-llama"' in cell:
@@ -199,7 +201,6 @@ def test_the_explorer_answers_to_its_widgets(lab: Lab):
         if "explorer.figure" in cell:
             assert "image/png" in shown(messages)
     assert WIDGET in shown(kernel.run(panel))
-    kernel.run(check)
 
     ids = "json.dumps([panel.request.model_id, panel.go.model_id, panel.result.model_id, explorer.requests[1]])"
     request, button, result, text = json.loads(printed(kernel.run(f"import json\nprint({ids})")))
