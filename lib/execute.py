@@ -70,7 +70,7 @@ def execute(job: dict[str, Any], final: Path) -> None:
             cwd=Path(job["source"]).parent,
             kernel_manager_class=Kernel,
         )
-    except Exception:
+    except (PapermillExecutionError, DeadKernelError):
         if partial.is_file():
             os.replace(partial, failed)
         raise
