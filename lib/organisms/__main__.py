@@ -22,6 +22,7 @@ from lib.paths import cache_folder
 
 
 def main() -> int:
+    """Trains, measures and ships what the command line names; 1 if a model misses a bar and so does not ship."""
     parser = argparse.ArgumentParser(prog="python -m lib.organisms", description="Train and ship tiny aligned LLMs.")
     parser.add_argument("names", nargs="*", choices=[[], *ARCHITECTURES], help=f"any of {', '.join(ARCHITECTURES)}")
     parser.add_argument("--seed", type=int, default=0)
