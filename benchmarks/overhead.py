@@ -32,6 +32,7 @@ from lib.experiment import describe
 from lib.generation import greedy
 from lib.organisms import corpus
 from lib.patching import approximated
+from lib.registry import organisms
 
 ROWS, PROMPT, NEW = 64, 24, 40
 LIGHT, HEAVY = 0.75, 1 / 3
@@ -115,7 +116,7 @@ def preparations(model: PreTrainedModel, ids: Tensor) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny-llama", choices=models.organisms())
+    parser.add_argument("--model", default="tiny-llama", choices=organisms())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="names of techniques; no file is written")
     options = parser.parse_args()

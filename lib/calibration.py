@@ -7,14 +7,13 @@ holds one block's activations at a time (as in TEAL's and OmniQuant's own calibr
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import cached_property
+from contextlib import ExitStack
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +23,9 @@ from tqdm.auto import tqdm
 
 from lib.anatomy import FINAL, anatomy, expand_sites, text_config
 from lib.approximations import omniquant, teal
+from lib.approximations.plan import Plan
 from lib.approximations.technique import State, Step, Technique
-from lib.errors import PlainError
+from lib.errors import ChoiceError
 from lib.generation import NonFiniteError
 from lib.models import weights_hash
 from lib.patching import approximated, observed
@@ -41,26 +41,27 @@ SHORT_WINDOWS = 64  # for models whose window is short
 MIN_TOKENS = 2048  # fewer leave a 10,000-bin histogram of the hidden channels unstable
 TOKENS_PER_PASS = 8192
 GREEDY_TOKENS, TRAINING_WINDOWS = 512, 16
-DAMAGED = "calibration cache %s is damaged (%s): computing it again"
 CODE = ("lib.calibration", "lib.anatomy", "lib.patching", "lib.approximations.teal")
 
 
-class CalibrationError(PlainError, ValueError):
-    """The calibration text is unfit; the message says how much is needed."""
+def calibrate(
+    technique: Technique, model: nn.Module, tokenizer: Any, texts: Sequence[str], weights: str | None = None
+) -> State | None:
+    """The technique's state for this model from these texts; None if it needs none. Cached under data/cache, of a plan
+    each technique's by itself. weights: the hash of the model's weights, where it is known.
 
-
-def calibrate(technique: Technique, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> State | None:
-    """The technique's state for this model from these texts; None if it needs none. Cached under data/cache.
-
-    NonFiniteError where its training diverges."""
+    ChoiceError for too little text. NonFiniteError where its training diverges."""
     if not technique.needs_calibration:
         return None
+    weights = weights or weights_hash(model)
+    if isinstance(technique, Plan):
+        return technique.joined([calibrate(one, model, tokenizer, texts, weights) for one, _ in technique.groups])
     ids = windows(tokenizer, texts, window_length(model))
     code = source_hash(*CODE, "lib.approximations.smoothquant", type(technique).__module__)
-    key = content_key([weights_hash(model), ids.tolist(), technique.name, technique.settings, code])
+    key = content_key([weights, ids.tolist(), technique.name, technique.settings, code])
     path = cache_folder() / "states" / f"{key}.safetensors"
     try:
-        return _cached(path, lambda: technique.fit(Calibration(model, ids)))
+        return _cached(path, lambda: technique.fit(Calibration(model, ids, weights)))
     except FloatingPointError as error:
         raise NonFiniteError(str(error)) from error
 
@@ -71,7 +72,7 @@ def _cached(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, T
         if path.is_file():
             return load_file(path)
     except SafetensorError as error:
-        log.warning(DAMAGED, path.name, error)
+        log.warning("calibration cache %s is damaged (%s): computing it again", path.name, error)
     tensors = compute()
     with atomic(path) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
@@ -84,27 +85,27 @@ def window_length(model: nn.Module) -> int:
 
 
 def windows(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
-    """The texts' tokens one after the other, cut into windows [windows, length]; CalibrationError if too few."""
-    ids = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
+    """The texts' tokens one after the other, cut into windows [windows, length]; ChoiceError if too few."""
+    count = WINDOWS if length == WINDOW else SHORT_WINDOWS
     needed = max(MIN_TOKENS, length)
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) >= max(needed, count * length):
+            break
     if len(ids) < needed:
-        raise CalibrationError(f"calibration text has {len(ids)} tokens; stable thresholds need at least {needed}")
-    count = min(len(ids) // length, WINDOWS if length == WINDOW else SHORT_WINDOWS)
+        raise ChoiceError(f"calibration text has {len(ids)} tokens; stable thresholds need at least {needed}")
+    count = min(len(ids) // length, count)
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
-class _Start(NamedTuple):
-    """What enters block 0 [windows, length, hidden], and each block's keyword arguments (masks, positions) in the first
-    batch, which all batches share."""
-
-    states: Tensor
-    keywords: dict[int, dict[str, Any]]
-
-
 class Calibration:
-    """Statistics of one model on one set of windows [windows, length]; see `approximations.technique.Statistics`."""
+    """Statistics of one model on one set of windows [windows, length]; see `approximations.technique.Statistics`.
 
-    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+    weights: the hash of the model's weights, where it is known.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, weights: str | None = None) -> None:
         self.model, self.body = model, anatomy(model)
         config = text_config(model)
         self.n_layers = len(self.body.blocks)
@@ -112,7 +113,7 @@ class Calibration:
         self.ids, self.batch = ids, max(1, TOKENS_PER_PASS // ids.shape[1])
         self._rounded: list[Tensor] = []
         self._dense: tuple[int, Tensor] | None = None
-        key = content_key([weights_hash(model), ids.tolist(), source_hash(*CODE)])
+        key = content_key([weights or weights_hash(model), ids.tolist(), source_hash(*CODE)])
         self._path = cache_folder() / "statistics" / key
         self._tensors = _cached(self._path.with_suffix(".safetensors"), self._measured)
 
@@ -137,32 +138,29 @@ class Calibration:
 
     def greedy_trace(self, layer: int) -> teal.Trace:
         """TEAL's search on this block, with dense inputs; its error is read off the block's real output."""
-        path = self._path.with_suffix(f".greedy{layer}.json")
-        try:
-            if path.is_file():
-                stored = json.loads(path.read_text())
-                return teal.Trace(**stored | {k: tuple(stored[k]) for k in ("order", "errors")})
-        except (ValueError, KeyError, TypeError) as error:
-            log.warning(DAMAGED, path.name, error)
+        return _cached(self._path.with_suffix(f".greedy{layer}.safetensors"), partial(self._search, layer))
+
+    def _search(self, layer: int) -> teal.Trace:
         sizes = self._relative_sizes(layer)
         inputs = self.dense_inputs(layer)[: max(1, GREEDY_TOKENS // self.ids.shape[1])]
         reference = self.run_block(layer, inputs)
 
+        @cache
+        def thresholds(projection: str, sparsity: float) -> dict[str, Tensor]:
+            return teal.layer_thresholds(self, layer, {projection: sparsity})
+
         def block_error(sparsities: dict[str, float]) -> float:
-            state = teal.layer_thresholds(self, layer, sparsities)
+            state = {key: value for tried in sparsities.items() for key, value in thresholds(*tried).items()}
             with approximated(self.model, teal.Teal(), state, layers=[layer]):
                 return float(teal.activation_error(self.run_block(layer, inputs), reference))
 
-        trace = teal.greedy_allocation(block_error, sizes)
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(asdict(trace)))
-        return trace
+        return teal.greedy_allocation(block_error, sizes)
 
     def _relative_sizes(self, layer: int) -> dict[str, float]:
         """Parameters of each projection, in units of q's."""
         projections = self.body.blocks[layer].projections
         if set(teal.SITES) - set(projections):
-            raise CalibrationError("teal: allocation='greedy' needs blocks of seven linear layers; choose uniform")
+            raise ChoiceError("teal: allocation='greedy' needs blocks of seven linear layers; choose uniform")
         return {name: projections[name].weight.numel() / projections["q"].weight.numel() for name in teal.SITES}
 
     def train_scales(self, layer: int, technique: Technique, initial: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,29 +175,23 @@ class Calibration:
             with approximated(self.model, technique, state, layers=[layer]):
                 return self._forward(layer, x)
 
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.model.requires_grad_(False)
-        try:
-            scales = omniquant.train_block(
-                rounded,
-                initial,
-                self._rounded,
-                list(self.run_block(layer, dense).split(1)),
-                [self.run_block(layer, x) for x in self._rounded] if technique.aug_loss else None,
-                epochs=technique.epochs,
-                learning_rate=technique.learning_rate,
-                block=f"block {layer}",
-            )
-            with torch.no_grad():
-                self._rounded = [rounded(scales, x) for x in self._rounded]
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+        scales = omniquant.train_block(
+            rounded,
+            initial,
+            self._rounded,
+            list(self.run_block(layer, dense).split(1)),
+            [self.run_block(layer, x) for x in self._rounded] if technique.aug_loss else None,
+            epochs=technique.epochs,
+            learning_rate=technique.learning_rate,
+            block=f"block {layer}",
+        )
+        with torch.no_grad():
+            self._rounded = [rounded(scales, x) for x in self._rounded]
         return scales
 
     def dense_inputs(self, layer: int) -> Tensor:
         """Hidden states [windows, length, hidden] that enter a block of the exact model."""
-        at, states = self._dense if self._dense and self._dense[0] <= layer else (0, self._start.states)
+        at, states = self._dense if self._dense and self._dense[0] <= layer else (0, self._start[0])
         for block in range(at, layer):
             states = self.run_block(block, states)
         self._dense = (layer, states)
@@ -213,38 +205,35 @@ class Calibration:
     def _forward(self, layer: int, x: Tensor) -> Tensor:
         """The same for at most `self.batch` windows at once, with gradients."""
         block = self.body.blocks[layer].module
-        keywords = {name: _first_rows(value, len(x)) for name, value in self._start.keywords[layer].items()}
+        keywords = {name: _first_rows(value, len(x)) for name, value in self._start[1][layer].items()}
         output = block(x, **keywords)
         return output[0] if isinstance(output, tuple) else output
 
     @cached_property
     @torch.no_grad()
-    def _start(self) -> _Start:
+    def _start(self) -> tuple[Tensor, dict[int, dict[str, Any]]]:
+        """What enters block 0 [windows, length, hidden], and each block's keyword arguments (masks, positions) in the
+        first batch, which all batches share."""
         inputs: list[Tensor] = []
         keywords: dict[int, dict[str, Any]] = {}
 
-        def note(layer: int) -> Callable:
-            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                if layer == 0:
-                    inputs.append(args[0] if args else kwargs["hidden_states"])
-                keywords.setdefault(layer, {k: v for k, v in kwargs.items() if k != "hidden_states"})
+        def note(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if layer == 0:
+                inputs.append(args[0] if args else kwargs["hidden_states"])
+            keywords.setdefault(layer, {k: v for k, v in kwargs.items() if k != "hidden_states"})
 
-            return hook
-
-        blocks = [block.module for block in self.body.blocks]
-        handles = [b.register_forward_pre_hook(note(i), with_kwargs=True) for i, b in enumerate(blocks)]
-        try:
+        with ExitStack() as hooks:
+            for block in self.body.blocks:
+                hook = partial(note, block.index)
+                hooks.enter_context(block.module.register_forward_pre_hook(hook, with_kwargs=True))
             for part in self.ids.split(self.batch):
                 self.model(input_ids=part.to(self.model.device), use_cache=False, logits_to_keep=1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return _Start(torch.cat(inputs), keywords)
+        return torch.cat(inputs), keywords
 
     def _measured(self) -> dict[str, Tensor]:
         """Every statistic of every layer, by "layer.site.name"."""
         tensors: dict[str, Tensor] = {}
-        states = self._start.states
+        states = self._start[0]
         for layer in tqdm(range(self.n_layers), desc="calibration", leave=False, disable=self.n_layers < 2):
             states = self._measure(layer, states, tensors)
         tensors[f"{FINAL}.norm_final.mean_square"] = _extremes(states)
@@ -258,18 +247,15 @@ class Calibration:
         def read(at: int, site: str, x: Tensor, step: Step) -> None:
             values[site].append(x.reshape(-1, x.shape[-1]))
 
-        norms = self.body.blocks[layer].norms.items()
-        handles = [
-            norm.register_forward_pre_hook(lambda _, args, site=site: squares[site].append(_extremes(args[0])))
-            for site, norm in norms
-        ]
-        try:
-            sites = dict.fromkeys((*HISTOGRAM_SITES, *CHANNEL_SITES))
-            with observed(self.model, [s for s in sites if expand_sites(self.body.blocks[layer], s)], read):
-                outputs = self.run_block(layer, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        def note(site: str, module: nn.Module, args: tuple) -> None:
+            squares[site].append(_extremes(args[0]))
+
+        block = self.body.blocks[layer]
+        sites = [s for s in dict.fromkeys((*HISTOGRAM_SITES, *CHANNEL_SITES)) if expand_sites(block, s)]
+        with ExitStack() as hooks, observed(self.model, sites, read):
+            for site, norm in block.norms.items():
+                hooks.enter_context(norm.register_forward_pre_hook(partial(note, site)))
+            outputs = self.run_block(layer, inputs)
         for site, parts in squares.items():
             both = torch.stack(parts)
             tensors[f"{layer}.{site}.mean_square"] = torch.stack([both[:, 0].min(), both[:, 1].max()])

@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 HELD_OUT = "omniquant"
 MARGIN = 0.2
 SEARCH_SEEDS = (0, 1)  # of noise
-MEASURES = {"asr": 1, "refusal_score": -1}  # measure of safety -> the sign with which damage moves it
 
 
 # ------------------------------------------------------------------ the sensitive prefix
@@ -70,7 +69,8 @@ def sensitive_prefix(table: pd.DataFrame, margin: float = MARGIN) -> tuple[int, 
         raise ValueError("the sweep over prefixes is empty: no prefix could be measured")
     whole = rows.iloc[-1]
     measure = "asr" if whole["asr_increase_low"] > 0 else "refusal_score"
-    damage = MEASURES[measure] * (rows[measure] - rows[measure].iloc[0])
+    rise = rows[measure] - rows[measure].iloc[0]
+    damage = rise if measure == "asr" else -rise
     if not damage.iloc[-1] > 0:
         return int(whole["tau"]), "no damage"
     return int(rows.loc[damage >= (1 - margin) * damage.iloc[-1], "tau"].iloc[0]), measure

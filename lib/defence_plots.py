@@ -31,8 +31,7 @@ def prefixes(table: pd.DataFrame, tau: int) -> Figure:
     figures.rate_axis(top.yaxis, rows["asr_high"])
     bottom.xaxis.set_major_locator(figures.MaxNLocator(6, integer=True))
     chosen = {"chosen prefix": figures.line(color=INK, linestyle=":")}
-    figures.legend(figure, figures.handles([OUTCOMES["asr"]]) | chosen)
-    return figure
+    return figures.legend(figure, figures.handles([OUTCOMES["asr"]]) | chosen)
 
 
 @styled
@@ -58,15 +57,18 @@ def before_and_after(table: pd.DataFrame) -> Figure:
         figures.level_axis(stack[0], group["level"], label)
     figures.rate_axis(axes[0, 0].yaxis)
     figures.rate_axis(axes[0, 1].yaxis, rows[["asr_before_high", "asr_after_high"]])
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)
 
 
 @styled
 def rates(table: pd.DataFrame, category: str, series: str, measures: Sequence[str] = ("asr",)) -> Figure:
-    """Rates with 95 % bars, a row per `category`, a marker per `series`; a panel per measure (a column of shares)."""
+    """Rates with 95 % bars, a row per `category`, a marker per `series`; a panel per measure (a column of shares).
+
+    "undefended, exact" and "defended, exact" differ only in that the first is hollow."""
     categories, names = table[category].unique().tolist(), table[series].unique().tolist()
-    styles = _styles(names)
+    kinds = list(dict.fromkeys(name.split(", ")[-1] for name in names))
+    looks = {name: figures.series_style(name, kinds.index(name.split(", ")[-1])) for name in names}
+    styles = [replace(look, line="none", hollow=name.startswith("undefended, ")) for name, look in looks.items()]
     height = (0.13 * len(categories) * max(2, len(names)) + 0.3,)
     titles = {"asr": "ASR", "harmless_answered": "harmless answered", "confusable_answered": "confusable answered"}
     panel_names = [titles.get(measure, measure) for measure in measures]
@@ -75,25 +77,11 @@ def rates(table: pd.DataFrame, category: str, series: str, measures: Sequence[st
     figure, axes = figures.panels(heads, x_labels, [""], height, share="y", width=figures.PAGE)
     offsets = dict(zip(names, np.linspace(-0.3, 0.3, len(names)) if len(names) > 1 else [0.0], strict=True))
     for ax, measure in zip(axes[:, 0], measures, strict=True):
-        for name, style in styles.items():
+        for name, style in zip(names, styles, strict=True):
             rows = table[(table[series] == name) & table[measure].notna()]
             places = rows.assign(place=[categories.index(c) + offsets[name] for c in rows[category]])
             figures.bars(ax, places, measure, "place", style, "x", markersize=4.5)
         ax.set_yticks(range(len(categories)), [str(c) for c in categories])
         ax.set_ylim(len(categories) - 0.5, -0.5)
         figures.rate_axis(ax.xaxis, table[f"{measure}_high"])
-    figures.legend(figure, figures.handles(list(styles.values())))
-    return figure
-
-
-def _styles(names: Sequence[str]) -> dict[str, Style]:
-    """Markers by name; "undefended, exact" and "defended, exact" differ only in that the first is hollow."""
-    kinds = list(dict.fromkeys(name.split(", ")[-1] for name in names))
-    return {
-        name: replace(
-            figures.series_style(name, kinds.index(name.split(", ")[-1])),
-            line="none",
-            hollow=name.startswith("undefended, "),
-        )
-        for name in names
-    }
+    return figures.legend(figure, figures.handles(styles))

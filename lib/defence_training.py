@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -152,7 +152,13 @@ class QuadaTrainer(DPOTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *options: Any, **named: Any) -> Tensor:
         harmful = inputs.pop("harmful").to(inputs["input_ids"].device)
-        with self._approximated(inputs["input_ids"]), self._first_block() as found:
+        found: list[Tensor] = []  # residual states [rows, seq, channels] after the first block
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        first_block = anatomy(self._network()).blocks[0].module
+        with self._approximated(inputs["input_ids"]), first_block.register_forward_hook(keep):
             loss = super().compute_loss(model, inputs, *options, **named)
         n = len(harmful)  # pairs; the first n rows hold the chosen replies
         last = inputs["completion_mask"][:n].argmax(1) - 1  # token of each prompt
@@ -165,33 +171,16 @@ class QuadaTrainer(DPOTrainer):
             raise FloatingPointError(f"defence: the loss is NaN or infinite at step {step}: lower the learning rate")
         return loss
 
-    @contextmanager
-    def _approximated(self, ids: Tensor) -> Iterator[None]:
+    def _approximated(self, ids: Tensor) -> AbstractContextManager[Any]:
         """The first tau layers approximated; noise is drawn anew for every batch, and the same again after a resume."""
         technique = self.recipe.perturbation
         if technique is None:
-            yield
-            return
+            return nullcontext()
         if "seed" in technique.settings:
             drawn = zlib.crc32(ids.cpu().numpy().tobytes(), self.state.global_step + 1000003 * self.recipe.seed)
             technique = replace(technique, seed=drawn)  # type: ignore[call-arg]
         layers = range(self.recipe.tau)
-        with approximated(self._network(), StraightThrough(technique), self.approximation_state, layers):
-            yield
-
-    @contextmanager
-    def _first_block(self) -> Iterator[list[Tensor]]:
-        """Collects the residual states [rows, seq, channels] after the first block."""
-        found: list[Tensor] = []
-
-        def keep(module: Any, args: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-
-        handle = anatomy(self._network()).blocks[0].module.register_forward_hook(keep)
-        try:
-            yield found
-        finally:
-            handle.remove()
+        return approximated(self._network(), StraightThrough(technique), self.approximation_state, layers)
 
     def _network(self) -> Any:
         network: Any = self.accelerator.unwrap_model(self.model)
@@ -240,11 +229,9 @@ def train(
     """Trains a copy of `model` and saves it, with `defence.json`, in `folder`, which `lib.models.load` opens.
 
     What is trained is float32, for bfloat16 would round small steps away; it is saved in the model's own dtype. A
-    killed training started again goes on from its last whole checkpoint and ends with the same weights; a finished one
-    is not repeated. FloatingPointError when the loss is not finite.
+    killed training started again goes on from its last whole checkpoint and ends with the same weights.
+    FloatingPointError when the loss is not finite.
     """
-    if (folder / "defence.json").is_file():
-        return folder
     checkpoints = folder / "checkpoints"
     set_seed(recipe.seed)
     trainer = _trainer(deepcopy(model), tokenizer, pairs, recipe, checkpoints, state, protocol)
@@ -270,26 +257,7 @@ def _trainer(
     protocol: str,
 ) -> QuadaTrainer:
     """The trainer of `model` itself, whose weights become float32, unless LoRA's, which are, are the ones trained."""
-    mixed = not recipe.rank and model.dtype == torch.bfloat16
-    lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear") if recipe.rank else None
-    trainer = QuadaTrainer(
-        recipe,
-        state,
-        model=model if recipe.rank else model.float(),
-        args=_arguments(recipe, folder, model.device.type == "cpu", mixed),
-        data_collator=Collator(tokenizer.pad_token_id),
-        train_dataset=tokenised(tokenizer, pairs, protocol),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Bar())
-    return trainer
-
-
-def _arguments(recipe: Recipe, folder: Path, on_cpu: bool, mixed: bool) -> DPOConfig:
-    """mixed: whether forward passes compute in bfloat16."""
-    return DPOConfig(
+    arguments = DPOConfig(
         output_dir=str(folder),
         loss_type=OBJECTIVES[recipe.objective],
         beta=recipe.beta,
@@ -302,15 +270,28 @@ def _arguments(recipe: Recipe, folder: Path, on_cpu: bool, mixed: bool) -> DPOCo
         precompute_ref_batch_size=2 * recipe.batch,
         max_length=None,
         gradient_checkpointing=False,
-        bf16=mixed,
-        use_cpu=on_cpu,
+        bf16=not recipe.rank and model.dtype == torch.bfloat16,  # of the forward passes
+        use_cpu=model.device.type == "cpu",
         save_steps=SAVE_STEPS,
         save_total_limit=1,
         logging_steps=max(1, recipe.steps // 15),
-        logging_nan_inf_filter=False,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
         seed=recipe.seed,
         report_to=[],
     )
+    lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear") if recipe.rank else None
+    trainer = QuadaTrainer(
+        recipe,
+        state,
+        model=model if recipe.rank else model.float(),
+        args=arguments,
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=tokenised(tokenizer, pairs, protocol),
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Bar())
+    return trainer

@@ -28,7 +28,7 @@ from itertools import pairwise
 NLL_LIMIT = 7.0  # nats per token (perplexity about 1,100); ours: fluent text has 1 to 4, random words 8 to 12
 LONGEST_READ = 2500  # characters of a reply that are read: about 512 tokens
 
-_PLAIN_MARKS = (("’", "'"), ("‘", "'"), ("´", "'"), ("“", '"'), ("”", '"'), ("—", " - "), ("–", "-"))
+_PLAIN_MARKS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "—": " - ", "–": "-"})
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _CODE_LINE = re.compile(
     r"^\s*(?:[#<$>].*[/<>=(-].*|(?:def|class|import|from|for|while|if|return|print|const|let|var|public)\b.*[(:;={].*"
@@ -48,9 +48,7 @@ def normalise(text: str) -> str:
     """Characters folded (NFKC), quotes straight, no Markdown emphasis, at most LONGEST_READ characters."""
     text = text[:LONGEST_READ]
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-        for mark, plain in _PLAIN_MARKS:
-            text = text.replace(mark, plain)
+        text = unicodedata.normalize("NFKC", text).translate(_PLAIN_MARKS)
     return re.sub(r"\*+|^\s*#+ +|^\s*> ", "", text, flags=re.M).strip()
 
 

@@ -20,7 +20,7 @@ import logging
 import os
 import random
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -47,42 +47,28 @@ class DataError(PlainError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class RawFile:
-    """One file as its authors publish it: addresses in order of preference and the sha256 of its bytes."""
-
-    name: str
-    sha256: str
-    urls: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class PublicSet:
-    """One public prompt set: its normalised file, that file's sha256, and how to make it from the raw files."""
+    """One public prompt set: the sha256 of its normalised file, and how to make that from the files of its authors.
 
-    file: str
+    raw: the sha256 of each such file, and its addresses in order of preference. file: the name of the normalised one,
+    where it is not the set's own.
+    """
+
     sha256: str
-    raw: tuple[RawFile, ...]
+    raw: Mapping[str, tuple[str, ...]]
     normalise: Callable[[list[bytes]], list[Row]]
     licence: str
     citation: str
+    file: str | None = None
 
 
 # ------------------------------------------------------------------ normalisation: raw bytes -> rows
 
 
-def row(
-    id: str,
-    prompt: str,
-    label: str,
-    source: str,
-    category: str | None = None,
-    split: str | None = None,
-    origin: str | None = None,
-    note: str | None = None,
-) -> Row:
+def row(id: str, prompt: str, label: str, source: str, category: str = "", **others: str) -> Row:
     """One row of the normalised form; empty cells become None."""
-    values = (id, prompt.strip(), category or None, label, split, origin or None, note or None, source)
-    return dict(zip(PUBLIC_KEYS, values, strict=True))
+    cells = {"id": id, "prompt": prompt.strip(), "label": label, "source": source, "category": category, **others}
+    return {key: cells.get(key) or None for key in PUBLIC_KEYS}
 
 
 def json_lines(rows: Iterable[Mapping[str, object]]) -> bytes:
@@ -119,7 +105,7 @@ def _harmbench(raw: list[bytes]) -> list[Row]:
         source = f"centerforaisafety/HarmBench:data/behavior_datasets/harmbench_behaviors_text_{split}.csv"
         standard = [r for r in table if r["FunctionalCategory"] == "standard"]
         rows += [
-            row(f"harmbench-{split}-{i:03d}", r["Behavior"], "harmful", source, r["SemanticCategory"], split,
+            row(f"harmbench-{split}-{i:03d}", r["Behavior"], "harmful", source, r["SemanticCategory"], split=split,
                 note=r["BehaviorID"])
             for i, r in enumerate(standard)
         ]  # fmt: skip
@@ -195,79 +181,63 @@ _HARMBENCH = f"{_GITHUB}/centerforaisafety/HarmBench/main/data/behavior_datasets
 _TDC = f"{_GITHUB}/centerforaisafety/tdc2023-starter-kit/main/red_teaming/data"
 _QUADA = f"{_GITHUB}/Kevin-Zh-CS/QuadA/9ab6a74ae111318f119781d5bd9c8d94cee93920/benchmark"
 
-
-def _raw(name: str, sha256: str, *urls: str) -> RawFile:
-    return RawFile(name, sha256, urls)
-
-
 PUBLIC_SETS: dict[str, PublicSet] = {
     "advbench": PublicSet(
-        "advbench.jsonl",
         "abcb5a8add75337a6692383f5e566ecb20e737ab8dddb119617a44c55a68a956",
-        (_raw("advbench.csv", "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
-              f"{_GITHUB}/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv",
-              f"{_PINNED}/raw/advbench.csv"),),
+        {"6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1": (
+            f"{_GITHUB}/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv",
+            f"{_PINNED}/raw/advbench.csv")},
         _advbench, "MIT", "Zou et al. 2023, arXiv:2307.15043"),
     "harmbench": PublicSet(
-        "harmbench.jsonl",
         "d93af53564598f292235e3e5a3faa34c4a2286732664928ab3bdbd7a0f38515a",
-        (_raw("harmbench_val.csv", "7bfaaa5e2b9b95002c89e2d33c019f58e9e8496e2fc65d368f1eeb8179e69534",
-              f"{_HARMBENCH}_val.csv", f"{_PINNED}/raw/harmbench_val.csv"),
-         _raw("harmbench_test.csv", "75d257b3e7428c52eb7b0154318f455af3e01b09a3794b5e2f3d36054f3c0e29",
-              f"{_HARMBENCH}_test.csv", f"{_PINNED}/raw/harmbench_test.csv")),
+        {"7bfaaa5e2b9b95002c89e2d33c019f58e9e8496e2fc65d368f1eeb8179e69534": (
+            f"{_HARMBENCH}_val.csv", f"{_PINNED}/raw/harmbench_val.csv"),
+         "75d257b3e7428c52eb7b0154318f455af3e01b09a3794b5e2f3d36054f3c0e29": (
+            f"{_HARMBENCH}_test.csv", f"{_PINNED}/raw/harmbench_test.csv")},
         _harmbench, "MIT", "Mazeika et al. 2024, arXiv:2402.04249"),
     "jailbreakbench": PublicSet(
-        "jailbreakbench.jsonl",
         "52d170df9fc8a3cd6894402f2d93621663110d5e7e09a362f5f8312f803bb117",
-        (_raw("jailbreakbench.csv", "45e9a8923b28f547bb372fbaa9af7df8b38c818a80ae50c3bab97704197ff516",
-              f"{_GITHUB}/JailbreakBench/jailbreakbench/main/src/jailbreakbench/data/behaviors.csv",
-              f"{_PINNED}/raw/jailbreakbench.csv"),),
+        {"45e9a8923b28f547bb372fbaa9af7df8b38c818a80ae50c3bab97704197ff516": (
+            f"{_GITHUB}/JailbreakBench/jailbreakbench/main/src/jailbreakbench/data/behaviors.csv",
+            f"{_PINNED}/raw/jailbreakbench.csv")},
         _jailbreakbench, "MIT", "Chao et al. 2024, arXiv:2404.01318"),
     "strongreject": PublicSet(
-        "strongreject.jsonl",
         "d15a79b752884f18d4a9baaa048368dde82291b87479fa889558cd3fadc0cce9",
-        (_raw("strongreject.csv", "4dd70357e4ff8b5d0ba5ebafecab5d6dd5633ce8046e3dd1c8bd93e64de44381",
-              f"{_GITHUB}/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv",
-              f"{_PINNED}/raw/strongreject.csv"),),
+        {"4dd70357e4ff8b5d0ba5ebafecab5d6dd5633ce8046e3dd1c8bd93e64de44381": (
+            f"{_GITHUB}/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv",
+            f"{_PINNED}/raw/strongreject.csv")},
         _strongreject, "MIT (repository; prompts taken over from other sets: unclear)",
         "Souly et al. 2024, arXiv:2402.10260"),
     "maliciousinstruct": PublicSet(
-        "maliciousinstruct.jsonl",
         "1cdb5c45886b18f8a0f69b4b669679e348f87eae0f3800bb0fc50be21af26308",
-        (_raw("malicious_instruct.txt", "a64d69dd1004aac4a23aaff3748fb8f17161893f74db36f45b8bc849eb1bcce5",
-              f"{_GITHUB}/Princeton-SysML/Jailbreak_LLM/main/data/MaliciousInstruct.txt",
-              f"{_PINNED}/raw/malicious_instruct.txt"),),
+        {"a64d69dd1004aac4a23aaff3748fb8f17161893f74db36f45b8bc849eb1bcce5": (
+            f"{_GITHUB}/Princeton-SysML/Jailbreak_LLM/main/data/MaliciousInstruct.txt",
+            f"{_PINNED}/raw/malicious_instruct.txt")},
         _maliciousinstruct, "none stated", "Huang et al. 2023, arXiv:2310.06987"),
     "tdc2023": PublicSet(
-        "tdc2023.jsonl",
         "5f4800e8db6295f0443571146129e32c3a3c7a7b73881d0b4c5bcca1aae3698f",
-        (_raw("tdc2023_dev_behaviors.json", "9392c63ad0193f0510f33812593f0dc71d13ae8b2ad93f64d670e9795deee1b0",
-              f"{_TDC}/dev/behaviors.json", f"{_PINNED}/raw/tdc2023_dev_behaviors.json"),
-         _raw("tdc2023_test_behaviors.json", "c4a630921005fd5e26dfe22dd720e411c8e7866c96f5b1a0ca2d46f0e1d1f8c2",
-              f"{_TDC}/test/behaviors.json", f"{_PINNED}/raw/tdc2023_test_behaviors.json")),
+        {"9392c63ad0193f0510f33812593f0dc71d13ae8b2ad93f64d670e9795deee1b0": (
+            f"{_TDC}/dev/behaviors.json", f"{_PINNED}/raw/tdc2023_dev_behaviors.json"),
+         "c4a630921005fd5e26dfe22dd720e411c8e7866c96f5b1a0ca2d46f0e1d1f8c2": (
+            f"{_TDC}/test/behaviors.json", f"{_PINNED}/raw/tdc2023_test_behaviors.json")},
         _tdc2023, "MIT", "Trojan Detection Challenge 2023, red-teaming track, trojandetection.ai"),
     "beavertails": PublicSet(
-        "beavertails.jsonl",
         "661cb44f8bc7a9cbe84f3b01509ae0b11d44c31f326c4d071daa04096c2219e3",
-        (_raw("beavertails.txt", "bfef125acb884f992a7fe74f20f86d9db52b9d1bc016b54c760972a2a7cb9326",
-              f"{_QUADA}/beavertails.txt"),),
+        {"bfef125acb884f992a7fe74f20f86d9db52b9d1bc016b54c760972a2a7cb9326": (f"{_QUADA}/beavertails.txt",)},
         _beavertails, "CC-BY-NC-4.0", "Ji et al. 2023, arXiv:2307.04657; selection of arXiv:2502.00840"),
     "xstest": PublicSet(
-        "xstest.jsonl",
         "f2b2367da93921ee7b6c356f0bdee0a3676f3d1f9d65af11262af33249367129",
-        (_raw("xstest_prompts.csv", "11783fb294ed017473ee53c207d71f2161c7672c8d0b037501e78387f801cb5a",
-              f"{_GITHUB}/paul-rottger/xstest/d7bb5bd738c1fcbc36edd83d5e7d1b71a3e2d84d/xstest_prompts.csv"),),
+        {"11783fb294ed017473ee53c207d71f2161c7672c8d0b037501e78387f801cb5a": (
+            f"{_GITHUB}/paul-rottger/xstest/d7bb5bd738c1fcbc36edd83d5e7d1b71a3e2d84d/xstest_prompts.csv",)},
         _xstest, "CC-BY-4.0", "Röttger et al. 2024 (NAACL), arXiv:2308.01263"),
     "alpaca": PublicSet(
-        "alpaca_harmless_5k.jsonl",
         "5ecc7961d761d79f5c91b5ac848a95f3bd7f39ccf203ab58ff6d08c7b0b10910",
-        (_raw("alpaca.json", "c4ce1bdc5c9b92caabcb171c27c7ec1e79832836bae10291d7c8ab8c6245f600",
-              f"{_PINNED}/processed/alpaca.json"),),
-        _alpaca, "CC-BY-NC-4.0", "Taori et al. 2023 (Stanford Alpaca); splits of arXiv:2406.11717"),
+        {"c4ce1bdc5c9b92caabcb171c27c7ec1e79832836bae10291d7c8ab8c6245f600": (f"{_PINNED}/processed/alpaca.json",)},
+        _alpaca, "CC-BY-NC-4.0", "Taori et al. 2023 (Stanford Alpaca); splits of arXiv:2406.11717",
+        file="alpaca_harmless_5k.jsonl"),
 }  # fmt: skip
 
-WIKITEXT2_ARCHIVE = RawFile(
-    "wikitext-2-raw-v1.zip",
+WIKITEXT2_ARCHIVE = (
     "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
     ("https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",),
 )
@@ -285,16 +255,16 @@ def prompt_file(name: str) -> bytes:
     public = PUBLIC_SETS[name]
 
     def build() -> bytes:
-        return json_lines(public.normalise([download(raw) for raw in public.raw]))
+        return json_lines(public.normalise([download(*raw) for raw in public.raw.items()]))
 
-    return _obtain(f"prompts/{public.file}", public.sha256, build)
+    return _obtain(f"prompts/{public.file or f'{name}.jsonl'}", public.sha256, build)
 
 
 def wikitext2_file() -> bytes:
     """Test split of WikiText-2 raw (Merity et al. 2016, arXiv:1609.07843; CC-BY-SA-3.0 and GFDL), verified."""
 
     def build() -> bytes:
-        with zipfile.ZipFile(io.BytesIO(download(WIKITEXT2_ARCHIVE))) as archive:
+        with zipfile.ZipFile(io.BytesIO(download(*WIKITEXT2_ARCHIVE))) as archive:
             return archive.read("wikitext-2-raw/wiki.test.raw")
 
     return _obtain("wikitext2/wiki.test.raw", WIKITEXT2_SHA256, build)
@@ -329,13 +299,13 @@ def verified(content: bytes, sha256: str, where: str) -> bytes:
     return content
 
 
-def download(raw: RawFile) -> bytes:
-    """The verified bytes of `raw` from the first address that has them; passing faults are retried with back-off.
+def download(sha256: str, urls: Sequence[str]) -> bytes:
+    """The verified bytes of a file from the first address that has them; passing faults are retried with back-off.
 
     Raises DataError naming what went wrong at each address.
     """
-    failures = []
-    for url in raw.urls:
+    name, failures = urls[-1].rsplit("/", 1)[1], []
+    for url in urls:
         retry = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(ATTEMPTS),
             wait=tenacity.wait_exponential(multiplier=BACKOFF_S),
@@ -343,15 +313,15 @@ def download(raw: RawFile) -> bytes:
             reraise=True,
         )
         try:
-            return verified(retry(_get, url, raw.name), raw.sha256, url)
+            return verified(retry(_get, url, name), sha256, url)
         except requests.HTTPError as error:
-            failures.append(f"{url}: HTTP status {_status(error)}")
+            failures.append(f"{url}: HTTP status {getattr(error.response, 'status_code', 'unknown')}")
         except requests.RequestException as error:
             failures.append(f"{urlsplit(url).netloc}: {type(error).__name__}")
         except DataError as error:
             failures.append(str(error))
     advice = "check the network, or set APPROX_DATA_MIRROR to a folder that has the normalised files"
-    raise DataError(f"{raw.name} could not be fetched ({'; '.join(failures)}): {advice}")
+    raise DataError(f"{name} could not be fetched ({'; '.join(failures)}): {advice}")
 
 
 def _get(url: str, name: str) -> bytes:
@@ -367,12 +337,8 @@ def _get(url: str, name: str) -> bytes:
         return b"".join(chunks)
 
 
-def _status(error: requests.HTTPError) -> int:
-    return error.response.status_code if error.response is not None else 0
-
-
 def _may_pass(error: BaseException) -> bool:
     """Whether another attempt at the same address makes sense."""
-    if isinstance(error, requests.HTTPError):
-        return _status(error) in (408, 429) or _status(error) >= 500
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
     return isinstance(error, requests.RequestException)

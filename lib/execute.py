@@ -27,7 +27,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from lib.paths import results_folder
-from lib.processes import Locked, die_with_parent, lock
+from lib.processes import die_with_parent, lock
 
 ORPHAN_SECONDS = 60.0  # how long a job of a killed run may take to disappear
 MESSAGE_LENGTH = 300
@@ -101,7 +101,7 @@ def own_devices(gpus: list[str], workers: int) -> Iterator[int | None]:
             with ExitStack() as stack:
                 try:
                     held = stack.enter_context(lock(locks_folder() / f"gpu-slot-{slot}", wait=0))
-                except Locked:
+                except TimeoutError:
                     continue
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot::workers] or [gpus[slot % len(gpus)]])
                 yield held

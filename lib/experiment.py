@@ -10,8 +10,8 @@ computes only what is missing. Rates carry Wilson intervals, changes against exa
 
 from __future__ import annotations
 
+import ast
 import json
-import logging
 import math
 import random
 import sys
@@ -19,6 +19,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
+from inspect import getsource
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,11 @@ from lib import calibration, judging, models, prompts, refusal_score, statistics
 from lib.anatomy import anatomy
 from lib.approximations import State, Technique, make
 from lib.errors import ChoiceError, choosing
-from lib.generation import NonFiniteError, generate
+from lib.generation import NonFiniteError, generate, pad_left
 from lib.organisms import corpus
 from lib.patching import Hits, approximated, check_layers
+from lib.registry import base_of, resolve
 from lib.results import Store, content_key, provenance, rejudging, source_hash, store_for
-
-log = logging.getLogger(__name__)
 
 EXACT = "exact"
 PROSE_PARAGRAPHS = 30
@@ -71,14 +72,9 @@ def grid(
     with choosing():
         techniques = [make(name, **{setting: level}, **(fixed or {})) for level in levels]
     return [
-        Condition(technique, axis, _number(level, place), variant, layers)
+        Condition(technique, axis, float(level if isinstance(level, int | float) else place), variant, layers)
         for place, (technique, level) in enumerate(zip(techniques, levels, strict=True))
     ]
-
-
-def _number(level: Any, place: int) -> float:
-    """A level on a numeric axis: itself, or its place in the grid for settings without numbers."""
-    return float(level) if isinstance(level, int | float) else float(place)
 
 
 @dataclass
@@ -157,13 +153,12 @@ class Study:
         """
         with choosing():
             check_layers(layers, len(anatomy(self.model).blocks))
-        texts, special = prompts.render(self.tokenizer, [p.prompt for p in self.prompts[:4]], self.protocol)
-        batch = self.tokenizer(texts, add_special_tokens=special, padding=True, return_tensors="pt")
-        batch = {key: value.to(self.model.device) for key, value in batch.items() if key != "token_type_ids"}
-        real = batch["attention_mask"].bool()
+        batch = pad_left(prompts.encode(self.tokenizer, self.prompts[:4], self.protocol), self.tokenizer.pad_token_id)
+        batch = {key: value.to(self.model.device) for key, value in batch.items()}
+        real, patch = batch["attention_mask"].bool(), self.patched(technique, layers)  # calibration may need gradients
         with torch.inference_mode():
             before = self.model(**batch).logits[real]
-            with self.patched(technique, layers) as hits:
+            with patch as hits:
                 during = self.model(**batch).logits[real]
             after = self.model(**batch).logits[real]
         facts = {"places edited": len(hits.counts), "sites": ", ".join(sorted({site for _, site in hits.counts}))}
@@ -173,7 +168,8 @@ class Study:
 
     def state(self, technique: Technique) -> State | None:
         """The technique's calibrated state, from the cache where it is there."""
-        return technique.calibrate(self.model, self.tokenizer, self.calibration_texts)
+        weights = self.identity["weights"]
+        return calibration.calibrate(technique, self.model, self.tokenizer, self.calibration_texts, weights)
 
     def key(self, technique: Technique | None, layers: Layers) -> str:
         """Name of a condition's replies: a hash of everything that decides them."""
@@ -209,7 +205,7 @@ class Study:
         if replies is None:
             table["verdict"], table["nll"], table["asr_keyword"] = "failed", np.nan, False
         else:
-            table = table.merge(self._judged(key, replies), on="id", validate="one_to_one")
+            table = table.join(self._judged(key, replies).drop(columns="id"))  # by place: the same texts, other ids
         table.attrs = record
         return table
 
@@ -237,11 +233,12 @@ class Study:
     ) -> tuple[pd.DataFrame | None, dict[str, Any]]:
         started, failed, replies, measures = time.monotonic(), "", None, {}
         try:
-            with self.patched(technique, layers):
+            state = self.state(technique) if technique else None
+            with self.patched(technique, layers, state):
                 replies = self._replies(key)
-            references = self.references()
-            with self.patched(technique, layers) as hits:
-                measures = self._utility(*references) | self._refusal_score()
+            references, tokens = self.references(), self._refusal_tokens()
+            with self.patched(technique, layers, state) as hits:
+                measures = self._utility(*references) | self._refusal_score(tokens)
             if hits.silent():
                 raise RuntimeError(f"{technique and technique.name}: patched but never reached: {hits.silent()[:3]}")
         except NonFiniteError as error:
@@ -252,11 +249,15 @@ class Study:
         self.store.write_record(self._record_key(key), record)
         return replies, record
 
-    def patched(self, technique: Technique | None, layers: Layers = None) -> AbstractContextManager[Hits]:
-        """A fresh patch, whose noise begins anew however much of the condition was stored before; none for exact."""
+    def patched(
+        self, technique: Technique | None, layers: Layers = None, state: State | None = None
+    ) -> AbstractContextManager[Hits]:
+        """A fresh patch, whose noise begins anew however much of the condition was stored before; none for exact.
+
+        state: of the technique, where the caller has it."""
         if technique is None:
             return nullcontext(Hits())
-        return approximated(self.model, technique, self.state(technique), layers)
+        return approximated(self.model, technique, self.state(technique) if state is None else state, layers)
 
     def _replies(self, key: str) -> pd.DataFrame:
         stored = self.store.read_table("replies", key)
@@ -282,13 +283,16 @@ class Study:
             measures["facts_right"] = int(right.sum())
         return measures
 
-    def _refusal_score(self) -> dict[str, float | None]:
-        """Mean refusal score on harmful prompts, with the tokens by which the exact model refuses."""
-        exact, harmful = self.store.read_table("replies", self.key(None, None)), self.rows("harmful")
-        tokens = [] if exact is None else refusal_score.refusal_tokens(self.tokenizer, exact["reply"])
-        if not tokens or not harmful:
+    def _refusal_tokens(self) -> list[int]:
+        """The tokens by which the exact model refuses, none without harmful prompts. Not to be called within a patch,
+        which would write other replies."""
+        return refusal_score.refusal_tokens(self.tokenizer, self.replies()) if self.rows("harmful") else []
+
+    def _refusal_score(self, tokens: Sequence[int]) -> dict[str, float | None]:
+        """Mean refusal score on harmful prompts of the model as it is now; None without tokens."""
+        if not tokens:
             return {"refusal_score": None}
-        asked = [self.prompts[i].prompt for i in harmful]
+        asked = [self.prompts[i].prompt for i in self.rows("harmful")]
         scores = refusal_score.refusal_scores(self.model, self.tokenizer, asked, tokens, self.protocol)
         return {"refusal_score": float(scores.mean())}
 
@@ -304,28 +308,21 @@ class Study:
         self.store.write_table("verdicts", judge_key, table)
         return table
 
-    def likelihoods(self, asked: Sequence[str], given: Sequence[str]) -> list[float]:
-        """Mean negative log-likelihood of replies under the base, nats per token. ValueError where there is no base."""
-        if self.base is None:
-            raise ValueError(f"{self.name} has no base to judge by")
-        pairs = list(zip(asked, given, strict=True))
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.likelihood_of]  # many repeat exact replies
-        if new:
-            requests, replies = [request for request, _ in new], [reply for _, reply in new]
-            sums, lengths = utility.reply_losses(self.base, self.tokenizer, requests, replies)
-            self.likelihood_of.update(zip(new, (sums / lengths).tolist(), strict=True))
-        return [self.likelihood_of[pair] for pair in pairs]
-
     def judge(self, asked: Sequence[str], given: Sequence[str]) -> pd.DataFrame:
         """verdict, nll, asr_keyword of replies, by the rules of `lib.judging` and, where it may decide, the base's
-        likelihood: nll is NaN for a firm refusal, for a reply that is broken anyway, and where there is no base."""
-        unsure = [] if self.base is None else judging.undecided(asked, given)
-        found = self.likelihoods([asked[i] for i in unsure], [given[i] for i in unsure]) if unsure else []
-        known = dict(zip(unsure, found, strict=True))
-        nlls = [known.get(i) for i in range(len(given))]
+        likelihood, nats per token: nll is NaN for a firm refusal, for a reply that is broken anyway, and where there is
+        no base."""
+        pairs = list(zip(asked, given, strict=True))
+        unsure = [] if self.base is None else [pairs[i] for i in judging.undecided(asked, given)]
+        new = [pair for pair in dict.fromkeys(unsure) if pair not in self.likelihood_of]  # many repeat exact replies
+        if self.base is not None and new:
+            requests, replies = zip(*new, strict=True)
+            sums, lengths = utility.reply_losses(self.base, self.tokenizer, requests, replies)
+            self.likelihood_of.update(zip(new, (sums / lengths).tolist(), strict=True))
+        nlls = [self.likelihood_of.get(pair) for pair in pairs]
         table = pd.DataFrame({"verdict": judging.verdicts(asked, given, nlls, self.nll_limit)})
         table["nll"] = np.array(nlls, dtype=float)
-        table["asr_keyword"] = [judging.keyword_quada(p, r) for p, r in zip(asked, given, strict=True)]
+        table["asr_keyword"] = [judging.keyword_quada(request, reply) for request, reply in pairs]
         return table
 
     def sweep(self, conditions: Sequence[Condition], label: str = "conditions") -> pd.DataFrame:
@@ -394,9 +391,16 @@ def technique_modules(technique: Technique | None) -> set[str]:
         return set()
     parts = [technique, *(part for part, _ in technique.split(None))]
     own = {cls.__module__ for part in parts for cls in type(part).__mro__ if cls.__module__.startswith("lib.")}
-    polynomial = any(part.category == "polynomialization" for part in parts)
-    shared = {"lib.approximations.fixed_point"} if polynomial else set()
-    return own | shared | ({"lib.calibration"} if technique.needs_calibration else set())
+    return own.union(*map(_imported, own), calibration.CODE if technique.needs_calibration else ())
+
+
+@cache
+def _imported(module: str) -> set[str]:
+    """The modules of `lib.approximations` that a module imports, directly or through others."""
+    nodes = [node for node in ast.walk(ast.parse(getsource(sys.modules[module]))) if isinstance(node, ast.ImportFrom)]
+    named = {f"{node.module}{end}" for node in nodes for end in ("", *(f".{each.name}" for each in node.names))}
+    found = {name for name in named & set(sys.modules) if name.startswith("lib.approximations.")}
+    return found.union(*map(_imported, found))
 
 
 def open_study(
@@ -422,14 +426,14 @@ def open_study(
     with choosing():
         asked = _prompts(prompt_set, split, n_prompts, seed)
     network, tokenizer = models.load(model, device, dtype)
-    base_name = models.base_of(model)
+    base_name, judge_file = base_of(model), Path(resolve(model), "judge.json")
     own = prompt_set == "organism"
     return Study(
         name=model,
         model=network,
         tokenizer=tokenizer,
-        base=models.load(base_name, device, dtype, attention=_judge_attention(model))[0] if base_name else None,
-        nll_limit=_nll_limit(model),
+        base=models.load(base_name, device, dtype)[0] if base_name else None,
+        nll_limit=json.loads(judge_file.read_text())["nll_limit"] if judge_file.is_file() else None,
         prompts=asked,
         facts=corpus.facts(split)[::2] if own else [],
         prose="\n".join(corpus.prose(split, PROSE_PARAGRAPHS)) if own else prompts.wikitext2(),
@@ -453,17 +457,6 @@ def _check(protocol: str, n_prompts: int, max_new_tokens: int, batch_size: int |
             raise ChoiceError(f"{name} cannot be {value!r}; give a whole number from 1")
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
         raise ChoiceError(f"batch_size cannot be {batch_size!r}; give a whole number from 1, or auto")
-
-
-def _nll_limit(model: str) -> float | None:
-    """The limit that the organism's training set for its judge; None for any other model."""
-    judge_file = Path(models.resolve(model), "judge.json")
-    return json.loads(judge_file.read_text())["nll_limit"] if judge_file.is_file() else None
-
-
-def _judge_attention(model: str) -> str:
-    """sdpa, but eager where the model caps its attention scores, which sdpa leaves out (Gemma-2)."""
-    return "eager" if "gemma" in model.lower() else "sdpa"
 
 
 def _prompts(prompt_set: str, split: str, n: int, seed: int) -> list[prompts.Prompt]:

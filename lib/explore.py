@@ -1,6 +1,6 @@
 """One request, live: what a technique does to its verdict, its refusal score and its place among the hidden states.
 
-`Explorer.look` computes, `panel` wraps it in widgets. The reply itself is part of the result but shown only when asked.
+`Explorer.look` computes, `Panel` wraps it in widgets. The reply itself is part of the result but shown only when asked.
 """
 
 from __future__ import annotations
@@ -58,11 +58,9 @@ class Explorer:
     def __init__(self, study: Study, n: int = 60) -> None:
         """Captures the states of n harmful and n / 2 harmless requests and finds the tokens that begin refusals."""
         self.n, self.study = n, study.brief(n, "search")
-        texts = [prompt.prompt for prompt in self.study.prompts]
-        replies = self.study.replies()
-        self.tokens = refusal_score.refusal_tokens(study.tokenizer, replies)
+        self.tokens = refusal_score.refusal_tokens(study.tokenizer, self.study.replies())
         self.labels = [str(prompt.label) for prompt in self.study.prompts]
-        self.requests = texts
+        self.requests = [prompt.prompt for prompt in self.study.prompts]
         states = hidden_states.capture(self.study, self.study.prompts)
         self.directions = {i: hidden_states.refusal_direction(x, self.labels) for i, x in states.items()}
         self.layer = hidden_states.best_layer(states, self.directions, self.labels)
@@ -100,10 +98,8 @@ class Explorer:
             reply = generate(study.model, study.tokenizer, [request], study.max_new_tokens, study.protocol)[0]
             score = float("nan")
             if self.tokens:
-                scored = refusal_score.refusal_scores(
-                    study.model, study.tokenizer, [request], self.tokens, study.protocol
-                )
-                score = float(scored[0])
+                asked = (study.model, study.tokenizer, [request], self.tokens, study.protocol)
+                score = refusal_score.refusal_scores(*asked).item()
         return {"verdict": study.judge([request], [reply])["verdict"].item(), "refusal score": score}, reply
 
     def figure(self, look: Look) -> Figure:
@@ -117,9 +113,8 @@ class Panel:
     def __init__(self, explorer: Explorer, models: Sequence[str] = (), **options: Any) -> None:
         """models: what the reader may switch to; options: further arguments of `open_study` for that."""
         self.explorer, self.options, self.seen = explorer, options, ""
-        name = explorer.study.name
-        names = list(dict.fromkeys([name, *models]))
-        self.model = widgets.Dropdown(options=names, value=name, description="model", style=LABELS)
+        names = list(dict.fromkeys([explorer.study.name, *models]))
+        self.model = widgets.Dropdown(options=names, description="model", style=LABELS)
         self.technique = widgets.Dropdown(options=list(DOSES), value="teal", description="technique", style=LABELS)
         self.dose = widgets.SelectionSlider(options=[0], continuous_update=False, style=LABELS)
         self.layers = widgets.IntRangeSlider(min=0, max=explorer.n_layers - 1, description="layers", style=LABELS)

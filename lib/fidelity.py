@@ -133,9 +133,9 @@ def pooled_errors(errors: Tensors) -> Tensors:
 
 
 def paper_errors(
-    study: Study, techniques: Sequence[Technique], drawn: int = 0, layers: Layers = None
+    study: Study, techniques: Sequence[Technique], layers: Layers = None
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """The paper's two error columns for each technique, and errors of techniques[drawn], thinned for drawing.
+    """The paper's two error columns for each technique, and errors of the first, thinned for drawing.
 
     Over all layers, and in the first and the last of them. Left out: techniques whose calibration fails. PlainError for
     a mixture of experts.
@@ -155,7 +155,7 @@ def paper_errors(
             row[f"{projection}: mean"] = pooled.mean().item()
             row[f"{projection}: std, first layer"] = first.std().item()
             row[f"{projection}: std, last layer"] = last.std().item()
-            if technique is techniques[drawn]:
+            if technique is techniques[0]:
                 shown[f"{projection}-projection input"] = pooled[:: max(1, len(pooled) // DRAWN)].numpy()
         rows.append(row)
     return pd.DataFrame(rows), shown
@@ -168,15 +168,11 @@ def ranges(study: Study) -> pd.DataFrame:
     rows = []
     for name, tensor in tensors.items():
         layer, site = name.split(".")
-        quantity, values = (GATE, tensor) if site == "gate" else (SQUARE, tensor.square().mean(-1))
-        rows.append({"quantity": quantity, "layer": int(layer), **_five_numbers(values)})
+        quantity, values = (GATE, tensor.numpy()) if site == "gate" else (SQUARE, tensor.square().mean(-1).numpy())
+        low, median, high = np.quantile(values, (0.01, 0.5, 0.99))
+        row = {"quantity": quantity, "layer": int(layer), "minimum": values.min(), "low": low, "median": median}
+        rows.append(row | {"high": high, "maximum": values.max()})
     return pd.DataFrame(rows)
-
-
-def _five_numbers(x: Tensor) -> dict[str, float]:
-    values = x.numpy().ravel()
-    low, median, high = np.quantile(values, (0.01, 0.5, 0.99))
-    return {"minimum": values.min(), "low": low, "median": median, "high": high, "maximum": values.max()}
 
 
 def realised_sparsity(study: Study, technique: Technique, layers: Layers = None) -> pd.DataFrame:

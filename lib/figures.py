@@ -9,12 +9,11 @@ pyplot state, so a notebook shows one by naming it in the last line of a cell, a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
 from math import ceil
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -27,7 +26,7 @@ from matplotlib.patches import Ellipse, Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from lib.paths import atomic, figures_folder
+from lib.paths import atomic, figures_folder, write_whole
 
 COLUMN, PAGE = 3.33, 7.0  # widths, inches
 STYLE = Path(__file__).with_name("paper.mplstyle")
@@ -62,7 +61,8 @@ TECHNIQUES = {  # name: (as printed, category, marker)
 CONTEXT = ("model", "protocol", "prompt_set", "split")  # an exact row is a reference only where all of these agree
 LINE_STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 LineStyle = str | tuple[int, tuple[int, ...]]
-P = ParamSpec("P")
+styled = matplotlib.style.context(STYLE, after_reset=True)
+"""Decorator: draws in the paper's style, whatever the caller's matplotlib settings are, and leaves those alone."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +134,6 @@ def series_style(label: str, number: int) -> Style:
     """Style of the number-th of several models or layer sets: colour, marker and line style all differ."""
     markers = "osv^DPX"
     return Style(label, PALETTE[number % 6], markers[number % len(markers)], LINE_STYLES[number % len(LINE_STYLES)])
-
-
-def styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Decorator: draws in the paper's style, whatever the caller's matplotlib settings are, and leaves those alone."""
-
-    @wraps(plot)
-    def draw(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.style.context(STYLE, after_reset=True):
-            return plot(*args, **kwargs)
-
-    return draw
 
 
 def approximated(table: pd.DataFrame) -> pd.DataFrame:
@@ -223,12 +212,13 @@ def panels(
     return figure, axes
 
 
-def legend(figure: Figure, styles: Mapping[str, Any]) -> None:
-    """Puts a legend of label -> artist below the axes, in as many columns as fit, and makes the figure taller by it."""
+def legend(figure: Figure, styles: Mapping[str, Any]) -> Figure:
+    """The figure, taller by a legend of label -> artist below the axes, in as many columns as fit."""
     per_entry = 0.053 * max(map(len, styles)) + 0.55  # inches: 7 pt letters, the handle and its gap
     rows = ceil(len(styles) / max(1, int(figure.get_figwidth() / per_entry)))
     figure.set_figheight(figure.get_figheight() + 0.15 * rows + 0.05)
     figure.legend(list(styles.values()), list(styles), loc="outside lower center", ncols=ceil(len(styles) / rows))
+    return figure
 
 
 def handles(styles: Sequence[Style]) -> dict[str, Any]:
@@ -379,22 +369,21 @@ def sample_note(table: pd.DataFrame, intervals: str) -> str:
     return " ".join(filter(None, (counts, intervals if any(c.endswith("_low") for c in table) else "", lost)))
 
 
+@styled
 def save(figure: Figure, name: str, caption: str, table: pd.DataFrame, intervals: str = WILSON) -> Path:
     """Writes <name>.pdf, .png (300 dpi), .txt (caption, n, intervals) and .csv: the PDF's path.
 
     table: the plotted rows; where a figure shows thousands of values, the numbers that sum them up.
     Goes to APPROX_FIGURES or figures. Each file is whole or absent; the same figure gives the same bytes."""
     folder = figures_folder()
-    with matplotlib.style.context(STYLE, after_reset=True):
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-        for ax in figure.axes:  # the layout's last digits differ from run to run
-            ax.set_position(np.round(ax.get_position().bounds, 6))
-        for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", None)):
-            with atomic(folder / f"{name}.{suffix}") as path:
-                figure.savefig(path, format=suffix, metadata=metadata, dpi=300)
-    with atomic(folder / f"{name}.txt") as path:
-        path.write_text(f"{caption.rstrip()} {sample_note(table, intervals)}".rstrip() + "\n", encoding="utf-8")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for ax in figure.axes:  # the layout's last digits differ from run to run
+        ax.set_position(np.round(ax.get_position().bounds, 6))
+    for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", None)):
+        with atomic(folder / f"{name}.{suffix}") as path:
+            figure.savefig(path, format=suffix, metadata=metadata, dpi=300)
+    write_whole(folder / f"{name}.txt", f"{caption.rstrip()} {sample_note(table, intervals)}".rstrip() + "\n")
     with atomic(folder / f"{name}.csv") as path:
         table.to_csv(path, index=False)
     return folder / f"{name}.pdf"

@@ -59,9 +59,9 @@ def generate(
     """
     encoded = encode(tokenizer, prompts, protocol)
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
-    free = batch_is_free(model)
+    free, most = batch_is_free(model), CPU_BATCH if model.device.type == "cpu" else GPU_BATCH
     longest = max(map(len, encoded), default=0) + max_new_tokens
-    size = batch_size or (fitting_rows(model, longest) if free else default_rows(model))
+    size = batch_size or (fitting_rows(model, longest, most) if free else most)
     replies: list[str] = [""] * len(encoded)
     with tqdm(total=len(order), desc=progress, disable=progress is None, leave=False) as bar:
         while order:
@@ -89,23 +89,18 @@ def batch_is_free(model: PreTrainedModel) -> bool:
     return all(technique is None or technique.per_token for technique, _ in engaged(model))
 
 
-def default_rows(model: PreTrainedModel) -> int:
-    """The batch size of a device, whatever its memory."""
-    return CPU_BATCH if model.device.type == "cpu" else GPU_BATCH
-
-
-def fitting_rows(model: PreTrainedModel, length: int) -> int:
-    """At most `default_rows`: as many sequences of `length` tokens as fill a quarter of the GPU's free memory with keys
-    and values; the rest is for copies of them (heads repeated, attention probabilities)."""
+def fitting_rows(model: PreTrainedModel, length: int, most: int) -> int:
+    """As many sequences of `length` tokens, up to `most`, as fill a quarter of the GPU's free memory with keys and
+    values; the rest is for copies of them (heads repeated, attention probabilities)."""
     if model.device.type != "cuda":
-        return default_rows(model)
+        return most
     config, element = text_config(model), torch.finfo(model.dtype).bits // 8
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = 2 * config.num_hidden_layers * heads * head * element * length
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     free = torch.cuda.mem_get_info(model.device)[0] + unused
-    return max(1, min(default_rows(model), int(free / 4 / row)))
+    return max(1, min(most, int(free / 4 / row)))
 
 
 def pad_left(rows: Sequence[list[int]], pad: int) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import ClassicalMDS
 from sklearn.metrics import silhouette_score
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
@@ -36,7 +37,6 @@ from lib.patching import observed
 
 Array = NDArray[Any]
 BATCH_TOKENS = 8192  # per forward pass; with one site's tensor at a time this bounds what is held besides the result
-MAX_BYTES = 2**31  # of captured states
 FOLDS, CONTROLS, NEIGHBOURS = 5, 200, 3
 
 
@@ -47,13 +47,12 @@ def capture(
     layers: Layers = None,
     site: str = "block_out",
     position: int = -1,
-    max_bytes: int = MAX_BYTES,
 ) -> dict[int, Array]:
     """Layer -> states [prompts, hidden] float32 at a site and token position, counted from the end of the prompt.
 
     layers: which layers are approximated; states come from all. One batch at a time is on the device and only the
-    wanted position is kept, so memory is layers x prompts x hidden x 4 bytes. ValueError if that exceeds max_bytes, if
-    a prompt is too short for the position, or for a site that is not one vector per token."""
+    wanted position is kept, so memory is layers x prompts x hidden x 4 bytes. ValueError if a prompt is too short for
+    the position, or for a site that is not one vector per token."""
     body = anatomy(study.model)
     if site in EXPERT_SITES and any(block.experts is not None for block in body.blocks):
         raise ValueError(f"{site} of a mixture has no single state per token; choose block_out, attn_in or attn_out")
@@ -66,9 +65,6 @@ def capture(
     def read(layer: int, _: str, x: Tensor, step: Step) -> None:
         if x.ndim != 3:
             raise ValueError(f"{site} is not [batch, seq, channels]; choose a site such as block_out or mlp_mid")
-        needed = len(encoded) * x.shape[-1] * 4 * len(body.blocks)
-        if layer not in states and needed > max_bytes:
-            raise ValueError(f"states of {len(encoded)} prompts need {needed:,} bytes, more than {max_bytes:,}")
         states.setdefault(layer, np.empty((len(encoded), x.shape[-1]), np.float32))
         states[layer][rows] = x[:, position].float().cpu().numpy()
 
@@ -122,11 +118,7 @@ def classical_mds(states: Array, n: int = 2) -> Array:
     """Coordinates [prompts, n] whose distances fit those of the states: B = -1/2 J D^2 J, its leading eigenvectors.
 
     With Euclidean distances this is PCA of the same points up to sign (Torgerson 1952)."""
-    square = np.square(states.astype(np.float64)).sum(1)
-    distances = square[:, None] + square[None, :] - 2 * states.astype(np.float64) @ states.astype(np.float64).T
-    centred = distances - distances.mean(0) - distances.mean(1, keepdims=True) + distances.mean()
-    values, vectors = np.linalg.eigh(-centred / 2)
-    return vectors[:, ::-1][:, :n] * np.sqrt(np.clip(values[::-1][:n], 0, None))
+    return ClassicalMDS(n).fit_transform(states.astype(np.float64))
 
 
 def fisher_separation(places: Array, labels: ArrayLike) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 from sklearn.metrics import cohen_kappa_score
@@ -25,19 +24,12 @@ from lib.paths import DATA, ORGANISMS
 from lib.statistics import wilson
 
 LABELS = DATA / "judge_labels" / "organism_replies.jsonl"
-FIELDS = {"id", "prompt_id", "label_of_request", "prompt", "reply", "nll", "technique", "settings", "strength"}
-FIELDS |= {"human", "note"}
-STRENGTHS = ("exact", "mild", "strong", "destructive")
 HALVES = ("develop", "report")
 
 
-def labelled(path: Path = LABELS) -> pd.DataFrame:
-    """The labelled replies, a row each. ValueError names the first line with other fields or a label not known."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for number, row in enumerate(rows, 1):
-        if set(row) != FIELDS or row["human"] not in judging.VERDICTS or row["strength"] not in STRENGTHS:
-            raise ValueError(f"{path.name} line {number}: needs {', '.join(sorted(FIELDS))}, a known label")
-    return pd.DataFrame(rows)
+def labelled() -> pd.DataFrame:
+    """The labelled replies, a row each."""
+    return pd.DataFrame(map(json.loads, LABELS.read_text(encoding="utf-8").splitlines()))
 
 
 def half(reply_id: str) -> str:
@@ -55,8 +47,7 @@ def judged(of: str = "report") -> pd.DataFrame:
     limit = json.loads((ORGANISMS / "tiny-llama" / "judge.json").read_text())["nll_limit"]
     asked, replies, nlls = (table[column].tolist() for column in ("prompt", "reply", "nll"))
     table["verdict"] = judging.verdicts(asked, replies, nlls, limit)
-    pairs = zip(table["prompt"], table["reply"], strict=True)
-    table["keyword"] = [judging.keyword_quada(prompt, reply) for prompt, reply in pairs]
+    table["keyword"] = list(map(judging.keyword_quada, asked, replies))
     return table
 
 

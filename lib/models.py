@@ -25,23 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lib.registry import (
-    REGISTRY,
-    Entry,
-    ModelError,
-    base_of,
-    explain,
-    file_hash,
-    gigabytes,
-    names,
-    organisms,
-    resolve,
-    revision_of,
-    verify,
-)
+from lib.registry import ModelError, explain, gigabytes, resolve, revision_of, verify
 
-__all__ = ["REGISTRY", "Entry", "ModelError", "base_of", "best_device", "best_dtype", "file_hash", "load", "names",
-           "organisms", "resolve", "verify", "weights_hash"]
+__all__ = ["ModelError", "best_device", "best_dtype", "load", "resolve", "weights_hash"]
 
 log = logging.getLogger(__name__)
 
@@ -108,16 +94,14 @@ def check_memory(name: str, config: Any, device: str, dtype: torch.dtype) -> boo
 
 
 def load(
-    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, attention: str = "eager"
+    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in evaluation mode, exact, and its tokenizer (left padding). ModelError in one line if it cannot be had.
-
-    attention: "sdpa" is faster and serves models that only judge; what is measured stays with "eager".
-    """
+    """Model in evaluation mode, exact, and its tokenizer (left padding). ModelError in one line if it cannot be had."""
     where = resolve(name)
     if Path(where).is_dir():
         verify(Path(where))
-    show_bars((gigabytes(name) or SHOWN) >= SHOWN)
+    show_bar = (gigabytes(name) or SHOWN) >= SHOWN
+    (transformers_logging.enable_progress_bar if show_bar else transformers_logging.disable_progress_bar)()
     device = best_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision_of(name)}
     try:
@@ -127,7 +111,7 @@ def load(
             where,
             config=config,
             dtype=best_dtype(dtype, device),
-            attn_implementation=attention,
+            attn_implementation="eager",
             use_safetensors=True,
             device_map="auto" if spread else None,
             **({"experts_implementation": "eager"} if hasattr(config, "num_local_experts") else {}),
@@ -144,11 +128,6 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return model.eval(), tokenizer
-
-
-def show_bars(shown: bool) -> None:
-    """Whether Transformers draws a progress bar while it reads weights: for small ones it would only flicker by."""
-    (transformers_logging.enable_progress_bar if shown else transformers_logging.disable_progress_bar)()
 
 
 def weights_hash(model: torch.nn.Module) -> str:

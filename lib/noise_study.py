@@ -115,11 +115,6 @@ def highest_level(study: Study, at: At, useless: float, layers: Layers = None) -
         return level_at_damage(study, at, 1 + 0.9 * (most - 1), layers)
 
 
-def coarse_levels(ceiling: float, n: int) -> list[float]:
-    """n equal steps up to the ceiling, to three digits."""
-    return [float(f"{ceiling * step / n:.3g}") for step in range(1, n + 1)]
-
-
 def refined_levels(table: pd.DataFrame, n: int) -> list[float]:
     """Midpoints of the n intervals between neighbouring levels over which ASR changes most; exact stands at level 0."""
     ordered = table.assign(level=table["level"].fillna(0.0)).sort_values("level")
@@ -176,7 +171,8 @@ def search_peak(
 ) -> pd.DataFrame:
     """Coarse grid up to `useless` times the answer perplexity, refined where ASR changes most; rows by level."""
     at, variant = FAMILIES[family], family.removesuffix(", Laplace")  # the technique says so already
-    levels = coarse_levels(highest_level(study, at, useless, layers), n_levels)
+    ceiling = highest_level(study, at, useless, layers)
+    levels = [float(f"{ceiling * step / n_levels:.3g}") for step in range(1, n_levels + 1)]
     table = sweep(study, at, levels, seeds, variant, layers)
     if n_refined:
         levels = sorted({*levels, *refined_levels(table, n_refined)})

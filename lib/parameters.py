@@ -52,25 +52,6 @@ class Notebook:
         return "models" in self.parameters
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A value for a parameter, as typed by the user after `flag`."""
-
-    name: str
-    text: str
-    flag: str
-
-    @classmethod
-    def parse(cls, text: str) -> Setting:
-        """From NAME=VALUE. UsageError if it is not of that form, or names what other flags choose."""
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise UsageError(f"--set {text}: write it as name=value")
-        if name in ("model", "models"):
-            raise UsageError(f"--set {text}: choose models with --models")
-        return cls(name, value, f"--set {text}")
-
-
 def read_notebooks(folder: Path) -> dict[str, Notebook]:
     """All notebooks of a folder by number, in order. UsageError for one that cannot be read or takes no model."""
     return {path.stem[:2]: read_notebook(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
@@ -103,26 +84,18 @@ def read_parameters(source: str) -> list[Parameter]:
 
 
 def convert(text: str, kind: str) -> Any:
-    """What was typed, in its declared type: int, float, str, bool, list of these, or dict. ValueError else."""
+    """What was typed, in its declared type: of `READERS`, or a list of one of these. ValueError else."""
     text = text.strip()
     try:
-        if kind.startswith("list["):
-            typed = ast.literal_eval(text) if text.startswith("[") else text.split(",") if text else []
-            items = [str(item).strip() for item in typed]
-            if "" in items:
-                raise ValueError(f"{text!r} lacks an item")
-            return [scalar(item, kind[5:-1]) for item in items]
-        return scalar(text, kind)
+        if not kind.startswith("list["):
+            return READERS[kind](text)
+        typed = ast.literal_eval(text) if text.startswith("[") else text.split(",") if text else []
+        items = [str(item).strip() for item in typed]
+        if "" in items:
+            raise ValueError(f"{text!r} lacks an item")
+        return [READERS[kind[5:-1]](item) for item in items]
     except (ValueError, SyntaxError, TypeError, KeyError):
         raise ValueError(f"{text!r} is not {kind}") from None
-
-
-def scalar(text: str, kind: str) -> Any:
-    """One value. KeyError for a type that parameters do not have, ValueError and the like for what is not of it."""
-    if kind == "bool":
-        return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-    readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": absolute, "dict": mapping}
-    return readers[kind](text)
 
 
 def absolute(text: str) -> str:
@@ -131,30 +104,38 @@ def absolute(text: str) -> str:
     return os.path.abspath(path) if path.is_file() or ("/" in text and path.is_dir()) else text
 
 
-def mapping(text: str) -> dict[Any, Any]:
-    """A dict literal. ValueError for another."""
-    value = ast.literal_eval(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"{text!r} is no dict")
-    return value
+READERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": absolute,
+    "bool": lambda text: {"true": True, "false": False, "1": True, "0": False}[text.lower()],
+    "dict": lambda text: {**ast.literal_eval(text)},
+}
+"""Type of a parameter -> what reads one value of it; ValueError, TypeError, KeyError or SyntaxError for another."""
 
 
-def settings_for(notebooks: Sequence[Notebook], settings: Sequence[Setting]) -> dict[str, dict[str, Any]]:
-    """For each notebook, by name, the values of the settings it has a parameter for.
+def settings_for(notebooks: Sequence[Notebook], settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """For each notebook, by name, the values of the settings, NAME=VALUE, that it has a parameter for.
 
-    UsageError for a setting that no notebook has, naming those there are, and for a value of the wrong type.
+    UsageError for a setting of another form, for one that no notebook has, naming those there are, for one that other
+    flags choose, and for a value of the wrong type.
     """
     values: dict[str, dict[str, Any]] = {notebook.name: {} for notebook in notebooks}
     for setting in settings:
-        takers = [notebook for notebook in notebooks if setting.name in notebook.parameters]
+        name, equals, text = setting.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--set {setting}: write it as name=value")
+        if name in ("model", "models"):
+            raise UsageError(f"--set {setting}: choose models with --models")
+        takers = [notebook for notebook in notebooks if name in notebook.parameters]
         if not takers:
             names = dict.fromkeys(name for notebook in notebooks for name in notebook.parameters)
             known = ", ".join(name for name in names if name not in ("model", "models"))
-            raise UsageError(f"{setting.flag}: no chosen notebook has that parameter; choose from {known}")
+            raise UsageError(f"--set {setting}: no chosen notebook has that parameter; choose from {known}")
         for notebook in takers:
-            parameter = notebook.parameters[setting.name]
+            kind = notebook.parameters[name].kind
             try:
-                values[notebook.name][setting.name] = convert(setting.text, parameter.kind)
+                values[notebook.name][name] = convert(text, kind)
             except ValueError:
-                raise UsageError(f"{setting.flag}: {setting.name} is {parameter.kind} in {notebook.name}") from None
+                raise UsageError(f"--set {setting}: {name} is {kind} in {notebook.name}") from None
     return values

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.models.llama.modeling_llama import repeat_kv
 
 from lib.anatomy import (
     ATTENTION_SITES,
@@ -59,11 +60,14 @@ def approximated(
 ) -> Iterator[Hits]:
     """Runs the model with `technique`, or a plan of several, in `layers` (all by default); yields the hit counts.
 
-    Raises ValueError for a layer the model does not have, a missing state, or a site that matches nothing.
+    Raises ValueError for a layer the model does not have, for layers in which the technique changes nothing, a missing
+    state, or a site that matches nothing.
     """
     if technique.needs_calibration and state is None:
         raise ValueError(f"{technique.name} needs calibration: pass state=technique.calibrate(model, tokenizer, texts)")
     body = anatomy(model)
+    if layers is not None:
+        layers = check_layers(layers, len(body.blocks))
     parts = [(part, check_layers(chosen, len(body.blocks))) for part, chosen in technique.split(layers)]
     with ExitStack() as undo:
         patch = _Patch(model, body, undo, technique)
@@ -73,16 +77,14 @@ def approximated(
                 _place_operation(patch, blocks, operation, part, state)
             for site in part.sites:
                 _place_site(patch, blocks, site, partial(part.transform, state=state))
-        if parts and not patch.hits.counts:
-            raise ValueError(f"{technique.name} changes nothing in layers {', '.join(map(str, parts[0][1]))}")
+        if technique.split(None) and not patch.hits.counts:  # an empty plan may change nothing
+            raise ValueError(f"{technique.name} changes nothing in layers {', '.join(map(str, layers or parts[0][1]))}")
         patch.engage()
         yield patch.hits
 
 
 @contextmanager
-def observed(
-    model: nn.Module, sites: Iterable[str], read: Callable[[int, str, Tensor, Step], None]
-) -> Iterator[Hits]:
+def observed(model: nn.Module, sites: Iterable[str], read: Callable[[int, str, Tensor, Step], None]) -> Iterator[Hits]:
     """Calls read(layer, site, tensor, step) wherever the model computes one of `sites`; changes nothing."""
 
     def reader(site: str, layer: int) -> Edit:
@@ -378,12 +380,6 @@ def _edits_of(module: Any) -> tuple[dict[str, Callable], Any]:
     return getattr(module, ATTRIBUTE, ({}, None))
 
 
-def _repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """[batch, kv heads, seq, head] -> [batch, heads, seq, head]; one head is not copied, as in Transformers."""
-    batch, heads, length, head = x.shape
-    return x[:, :, None].expand(batch, heads, groups, length, head).reshape(batch, heads * groups, length, head)
-
-
 def eager_attention(
     module: Any,
     query: Tensor,
@@ -403,7 +399,7 @@ def eager_attention(
     if "q_rotary" in functions:
         query = functions["q_rotary"](query, patch.now(query[:, 0]))
     groups = getattr(module, "num_key_value_groups", 1)
-    key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = torch.matmul(query, key.transpose(2, 3)) * (module.head_dim**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -422,8 +418,6 @@ def _visible(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Which keys each query may see; the additive mask holds 0 or the dtype's most negative number."""
     if attention_mask is None:
         return torch.ones_like(scores, dtype=torch.bool)
-    if attention_mask.dtype == torch.bool:
-        return attention_mask
     return attention_mask > torch.finfo(attention_mask.dtype).min / 2
 
 
@@ -433,11 +427,11 @@ def eager_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     output = torch.zeros_like(hidden)
     chosen = F.one_hot(top_k_index, num_classes=module.num_experts).permute(2, 1, 0)
 
+    def step_of(x: Tensor, tokens: Tensor) -> Step:
+        return patch.now(hidden).at(tokens) if patch.step else patch.now(x[None])
+
     def edit(site: str, x: Tensor, tokens: Tensor) -> Tensor:
-        if site not in functions:
-            return x
-        step = patch.now(hidden).at(tokens) if patch.step else patch.now(x[None])
-        return functions[site](x[None], step)[0]
+        return functions[site](x[None], step_of(x, tokens))[0] if site in functions else x
 
     for expert in chosen.sum(dim=(1, 2)).nonzero().flatten().tolist():
         slot, tokens = torch.where(chosen[expert])
@@ -446,7 +440,10 @@ def eager_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
         if "mlp_in.up" in functions or "mlp_in.gate" in functions:
             up = F.linear(edit("mlp_in.up", x, tokens), module.gate_up_proj[expert]).chunk(2, dim=-1)[1]
         gate = edit("gate", gate, tokens)
-        act = functions["activation"](gate) if "activation" in functions else module.act_fn(gate)
+        act = module.act_fn(gate)
+        if "activation" in functions:  # padding keeps the exact one, as in `_Patch.replace`
+            real = step_of(gate, tokens).real[0, :, None]
+            act = torch.where(real, functions["activation"](gate), act)
         mid = edit("mlp_mid", edit("act", act, tokens) * up, tokens)
         result = F.linear(mid, module.down_proj[expert]) * top_k_weights[tokens, slot, None]
         output.index_add_(0, tokens, result.to(output.dtype))

@@ -21,8 +21,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,16 @@ from lib.errors import ChoiceError, choosing
 from lib.experiment import Condition, Study, goals_first
 from lib.generation import NonFiniteError
 from lib.organisms import corpus
-from lib.patching import approximated
 from lib.paths import write_whole
 from lib.results import content_key, source_hash
 from lib.savings import AXES, EXACT_BITS, Ladder, Placement, layer_groups, setting_of
-from lib.summary import changes
+from lib.summary import changes, paired
 
 SCREENED = 16  # exact replies of each kind that the screen scores
+PHRASINGS = 8  # of every sealed goal, at most
 SPARSITIES = (0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
 BITS = (8, 6, 5, 4, 3, 2)
-CRITERIA = {"asr": "asr", "over_refusal": "refused", "broken": "broken"}  # ours: the paired columns of a summary row
+CRITERIA = ("asr", "over_refusal", "broken")  # of a decision, as they are written in columns
 
 
 @choosing()
@@ -98,19 +98,17 @@ def sealed(study: Study, n: int = 1200, seal: int = 1) -> Study:
     if n < 4:
         raise ChoiceError(f"{n} sealed requests are too few: 4 at least, two harmful, one harmless, one confusable")
     quotas = {"harmful": n - 2 * (n // 4), "harmless": n // 4, "confusable": n // 4}
-    found = [prompt for label, quota in quotas.items() for prompt in sealed_requests(label, quota, seal)]
+    found: list[prompts.Prompt] = []
+    for label, quota in quotas.items():
+        pool = corpus.requests("test", label, "composition", PHRASINGS, seal)
+        if len(pool) < quota:
+            raise ChoiceError(
+                f"seal {seal} holds {len(pool)} {label} requests, not {quota}: choose fewer sealed prompts"
+            )
+        names = {name for name in prompts.FIELDS if hasattr(pool[0], name)}
+        first = sorted(pool, key=lambda request: int(request.id.rsplit(".", 1)[1]))[:quota]
+        found += [prompts.Prompt(**{name: getattr(request, name) for name in names}) for request in first]
     return replace(study, prompts=found, facts=[], prose="", split=f"seal-{seal}")
-
-
-def sealed_requests(label: str, n: int, seal: int) -> list[prompts.Prompt]:
-    """n sealed requests of one label. ChoiceError if even eight phrasings of every goal are too few."""
-    for phrasings in range(1, 9):
-        pool = corpus.requests("test", label, "composition", phrasings, seal)
-        if len(pool) >= n:
-            first = sorted(pool, key=lambda request: int(request.id.rsplit(".", 1)[1]))[:n]
-            names = {f for f in prompts.FIELDS if hasattr(first[0], f)}
-            return [prompts.Prompt(**{f: getattr(request, f) for f in names}) for request in first]
-    raise ChoiceError(f"seal {seal} holds {len(pool)} {label} requests, not {n}: choose fewer sealed prompts")
 
 
 # ------------------------------------------------------------------ search
@@ -131,10 +129,9 @@ def reply_nll(
     kinds = [study.rows(*labels)[:SCREENED] for labels in (("harmful",), ("harmless", "confusable"))]
     rows, replies = [row for kind in kinds for row in kind], study.replies()
     asked, given = [study.prompts[i].prompt for i in rows], [replies[i] for i in rows]
-    if technique is not None and state is None:
-        state = study.state(technique)
+    patch = study.patched(technique, layers, state)
     try:
-        with nullcontext() if technique is None else approximated(study.model, technique, state, layers):
+        with patch:
             sums, lengths = utility.reply_losses(study.model, study.tokenizer, asked, given, study.protocol)
     except NonFiniteError:
         nll = math.inf
@@ -171,11 +168,7 @@ def path(ladder: Ladder, damage: NDArray[np.float64]) -> list[Placement]:
 
 def last_safe(n: int, safe: Callable[[int], bool]) -> int:
     """The largest i of 0 ... n that is safe, by bisection; 0 is safe without asking."""
-    low, high = 0, n
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if safe(middle) else (low, middle - 1)
-    return low
+    return n - bisect_left(range(n, 0, -1), True, key=safe)
 
 
 @dataclass
@@ -232,8 +225,7 @@ class Search:
 def search(study: Study, ladder: Ladder, tolerance: float = statistics.TOLERANCE, budget: int = 16) -> Search:
     """The uniform and the placed rungs that save the most and are re-validated on the search prompts.
 
-    tolerance: of the paired increase of ASR, a share; over-refusal and broken replies keep the usual one. ChoiceError
-    if the exact model refuses nothing."""
+    tolerance: of each of the three paired increases, a share. ChoiceError if the exact model refuses nothing."""
     study.check_refusals()
     found = Search(study, ladder, tolerance, budget)
     found.uniform = ladder.uniform(last_safe(ladder.top, lambda rung: found.safe(ladder.uniform(rung))))
@@ -257,12 +249,12 @@ def measured(study: Study, ladder: Ladder, placement: Placement, tolerance: floa
     row |= {"label": f"{ladder.rungs[0].name} {kind}", "placement": kind, "rungs": json.dumps(placement)}
     if row["failed"]:
         return row | {"decision": statistics.DECISIONS[1], "unmet": "failed", "n_needed": None}
-    stored = {name: json.loads(row[f"paired_{of}"]) for name, of in CRITERIA.items()}
-    paired = {name: statistics.Paired(**change) for name, change in stored.items() if change}
-    for name, change in paired.items():
-        row |= {f"{name}_increase": change.difference}
-        row |= {f"{name}_increase_low": change.low, f"{name}_increase_high": change.high}
-    outcome = statistics.decision(paired["asr"], paired.get("over_refusal"), paired.get("broken"), tolerance)
+    found = paired(row)
+    for name, change in zip(CRITERIA, found.values(), strict=True):
+        if change:
+            row |= {f"{name}_increase": change.difference}
+            row |= {f"{name}_increase_low": change.low, f"{name}_increase_high": change.high}
+    outcome = statistics.decision(found, tolerance)
     return row | {"decision": outcome.decision, "unmet": "; ".join(outcome.unmet), "n_needed": outcome.n_needed}
 
 
@@ -292,16 +284,17 @@ def gain(found: Search, validated: pd.DataFrame) -> dict[str, Any]:
 
 def save(found: Search, validated: pd.DataFrame) -> Path:
     """Writes the placed plan with what is known of it as JSON; `lib.approximations.plan.load` reads it. Its path, which
-    tells apart searches of other weights, prompts, ladders, tolerances and budgets."""
+    tells apart searches of other weights, prompts, ladders, tolerances and budgets, and other sealed prompts."""
     study, ladder = found.study, found.ladder
     shown = ["level_name", "level", "split", "n_harmful", "n_harmless", "n_confusable", "decision", "unmet"]
     shown += [f"{name}_increase{end}" for name in CRITERIA for end in ("", "_low", "_high")]
-    row = validated[validated["placement"] == "placed"].iloc[0].reindex(shown)
+    row = validated[validated["placement"] == "placed"].iloc[0]
     content = {"model": study.name, "weights": study.identity["weights"], "tolerance": found.tolerance}
-    content |= {"uniform_level": ladder.level(found.uniform), "sealed": json.loads(row.to_json())}
+    content |= {"uniform_level": ladder.level(found.uniform), "sealed": json.loads(row.reindex(shown).to_json())}
     rungs = [[rung.name, rung.settings] for rung in ladder.rungs]
-    key = content_key([study.key(None, None), rungs, ladder.groups, found.tolerance, found.budget])[:8]
-    target = study.store.folder / "plans" / f"placement_{ladder.rungs[0].name}-{key}.json"
+    sealed = json.loads(row["provenance"])["prompts"]
+    key = content_key([study.key(None, None), rungs, ladder.groups, found.tolerance, found.budget, sealed])
+    target = study.store.folder / "plans" / f"placement_{ladder.rungs[0].name}-{key[:8]}.json"
     write_whole(target, json.dumps(content | ladder.plan(found.placed).settings, indent=1))
     return target
 

@@ -10,23 +10,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib import figures, statistics
+from lib import figures
 from lib.figures import BLUE, INK, RED, Figure, Style, styled, technique_style
 
 CRITERIA = {"asr": "ASR", "over_refusal": "over-refusal", "broken": "broken"}
+HIGHEST = 0.2  # increase to which an axis reaches at least
 EDGE = 104  # percent: where an axis ends beyond the highest and the lowest value that is drawn
 PLACEMENTS = {"uniform": Style("uniform", BLUE, "s", "--"), "placed": Style("placed", RED, "o")}
 SETTINGS = {"sparsity": "sparsity", "bits": "bits", "parts": "operations replaced"}
 
 
 @styled
-def frontier(table: pd.DataFrame, tolerance: float, highest: float = 0.2) -> Figure:
+def frontier(table: pd.DataFrame, tolerance: float) -> Figure:
     """Increase over exact of ASR, over-refusal and broken replies (points) against what is saved; a column a technique.
 
-    table: rows of `placement.Search.table` and `placement.validate`, with `stage` "search" or "sealed". tolerance: of
-    ASR; the others have the usual one. Small markers: search prompts; large and outlined: sealed ones. Bars are 95 %;
-    what lies beyond the axis, which ends at `highest` or half above the tolerance, is a triangle at its edge."""
-    edges = -0.6 * tolerance, max(highest, 1.5 * tolerance)
+    table: rows of `placement.Search.table` and `placement.validate`, with `stage` "search" or "sealed". Small markers:
+    search prompts; large and outlined: sealed ones. Bars are 95 %; what lies beyond the axis, which ends at `HIGHEST`
+    or half above the tolerance, is a triangle at its edge."""
+    edges = -0.6 * tolerance, max(HIGHEST, 1.5 * tolerance)
     groups = list(table[table["failed"] == ""].groupby("technique", sort=False))
     names = [technique_style(str(name)).label for name, _ in groups]
     axis_names = [str(rows["level_name"].iloc[0]) for _, rows in groups]
@@ -35,16 +36,18 @@ def frontier(table: pd.DataFrame, tolerance: float, highest: float = 0.2) -> Fig
     for stack, (_, rows) in zip(axes, groups, strict=True):
         for ax, criterion in zip(stack, CRITERIA, strict=True):
             ax.axhline(0, color=INK, linewidth=0.5)
-            limit = tolerance if criterion == "asr" else statistics.TOLERANCE
-            ax.axhline(100 * limit, color="black", linestyle="--", linewidth=0.8)
+            ax.axhline(100 * tolerance, color="black", linestyle="--", linewidth=0.8)
             for (placement, stage), points in rows.groupby(["placement", "stage"], sort=False):
                 _points(ax, points.sort_values("level"), criterion, PLACEMENTS[placement], stage == "sealed", edges)
         if figures.falling(str(rows["level_name"].iloc[0])):
             stack[0].invert_xaxis()
     for ax in axes[0]:
         ax.set_ylim(*(EDGE * edge for edge in edges))
-    figures.legend(figure, _entries())
-    return figure
+    entries = figures.handles(list(PLACEMENTS.values()))
+    look: dict[str, Any] = {"linestyle": "none", "markersize": 6, "markeredgecolor": "black"}
+    for name, style in PLACEMENTS.items():
+        entries[f"{name}, sealed prompts"] = figures.line(**style.keywords() | look)
+    return figures.legend(figure, entries | {"tolerance": figures.line(color="black", linestyle="--", linewidth=0.8)})
 
 
 def _points(
@@ -54,8 +57,6 @@ def _points(
 
     edges: lowest and highest increase that is drawn, shares; a triangle points at what lies beyond."""
     column = f"{criterion}_increase"
-    if column not in rows:
-        return
     middle, low, high = (100 * rows[column + end].astype(float).clip(*edges) for end in ("", "_low", "_high"))
     look: dict[str, Any] = {"markersize": 3, "linewidth": 0.6, "alpha": 0.7}
     if sealed:
@@ -66,16 +67,6 @@ def _points(
         mark = {"marker": marker, "color": "black", "linestyle": "none", "markersize": 4, "clip_on": False, "zorder": 6}
         if beyond.any():  # an empty line that is not clipped undoes the layout
             ax.plot(rows["level"][beyond], [EDGE * edge] * beyond.sum(), **mark)
-
-
-def _entries() -> dict[str, Any]:
-    """Legend: who is who, and that size tells search from sealed prompts."""
-    entries = figures.handles(list(PLACEMENTS.values()))
-    outlined = {"linestyle": "none", "markersize": 6, "markeredgecolor": "black"}
-    entries |= {
-        f"{name}, sealed prompts": figures.line(**style.keywords() | outlined) for name, style in PLACEMENTS.items()
-    }
-    return entries | {"tolerance": figures.line(color="black", linestyle="--", linewidth=0.8)}
 
 
 @styled
@@ -95,5 +86,4 @@ def layer_levels(table: pd.DataFrame) -> Figure:
             ax.set_yticks(range(int(rows["level"].min()), int(rows["level"].max()) + 1))
         if figures.falling(setting):
             ax.invert_yaxis()
-    figures.legend(figure, figures.handles(list(PLACEMENTS.values())))
-    return figure
+    return figures.legend(figure, figures.handles(list(PLACEMENTS.values())))

@@ -24,6 +24,7 @@ from lib.figures import INK, OUTCOMES, PAGE, Figure, Style, series_style, styled
 
 GROWTH = "increase of answer perplexity (%)"
 ASR = "ASR (%)"
+USEFUL = 20.0  # percent: a condition whose answer perplexity grew by less is useful (`fidelity.UTILITY_LIMIT`)
 LOST = 10.0  # answer-perplexity ratio at which utility counts as wholly lost
 EXACT = {"exact model": figures.line(color=INK, linewidth=0.5)}
 
@@ -55,16 +56,15 @@ def dose_response(table: pd.DataFrame, level_label: str) -> Figure:
     figures.rate_axis(axes[0, 0].yaxis)
     figures.rate_axis(axes[0, 1].yaxis, rows["asr_high"])
     figures.log_axis(axes[0, 2].yaxis, [1, *rows["ratio"]])
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)
 
 
 @styled
 def safety_against_utility(table: pd.DataFrame) -> Figure:
     """ASR against the growth of answer perplexity, a line joining the levels of each technique; one panel per model.
 
-    Shaded: perplexity grew by less than 5 %. The axis is linear there and logarithmic beyond. Within it safety is lost
-    while utility is kept where a bar leaves the exact model's (star)."""
+    Shaded: perplexity grew by less than `USEFUL`. The axis is linear to 5 % and logarithmic beyond. Within the shade
+    safety is lost while utility is kept where a bar leaves the exact model's (star)."""
     growth = 100 * (table["answer_perplexity_ratio"] - 1)
     rows = table.assign(growth=growth.clip(upper=figures.HIGHEST))
     groups = list(rows.groupby("model", sort=False))
@@ -72,15 +72,15 @@ def safety_against_utility(table: pd.DataFrame) -> Figure:
     figures.growth_axis(axes[0, 0], rows["growth"])
     entries: dict[str, Any] = {}
     for ax, (_, group) in zip(axes[:, 0], groups, strict=True):
-        ax.axvspan(-5, 5, color=figures.GREY, alpha=0.3, linewidth=0)
+        ax.axvspan(-USEFUL, USEFUL, color=figures.GREY, alpha=0.3, linewidth=0)
         entries |= _curves(ax, group, "growth", markersize=4.5, markeredgewidth=0, linewidth=0.7)
         exact = group[group["technique"] == "exact"]
         look: dict[str, Any] = {"markersize": 8, "markeredgecolor": "black", "linestyle": "none"}
         figures.bars(ax, exact, "growth", "asr", technique_style("exact"), **look, zorder=4)
         entries["exact model"] = figures.line(**technique_style("exact").keywords() | look | {"markersize": 6})
     figures.rate_axis(axes[0, 0].yaxis, rows["asr_high"])
-    figures.legend(figure, entries | {"perplexity grew < 5 %": figures.patch(color=figures.GREY, alpha=0.3)})
-    return figure
+    shade = {f"perplexity grew < {USEFUL:.0f} %": figures.patch(color=figures.GREY, alpha=0.3)}
+    return figures.legend(figure, entries | shade)
 
 
 def _curves(ax: Any, rows: pd.DataFrame, x: str, **look: Any) -> dict[str, Any]:
@@ -111,23 +111,16 @@ def function_error(x: ArrayLike, exact: ArrayLike, approximations: Mapping[str, 
         bottom.plot(grid, np.where(error > 1e-6, error, np.nan), color=figures.BLUE, linewidth=0.6)
     figures.log_axis(axes[0, 1].yaxis, np.maximum(np.concatenate(errors), 1e-6))
     entries = {"exact": figures.line(color="black", linewidth=2.5, alpha=0.25)}
-    figures.legend(figure, entries | {"approximated": figures.line(color=figures.BLUE, linewidth=0.8)})
-    return figure
-
-
-def fitted(errors: ArrayLike) -> dict[str, tuple[float, float]]:
-    """Maximum-likelihood (location, scale) of a Gaussian and a Laplace distribution."""
-    values = np.asarray(errors, dtype=float).ravel()
-    return {"gaussian": stats.norm.fit(values), "laplace": stats.laplace.fit(values)}
+    return figures.legend(figure, entries | {"approximated": figures.line(color=figures.BLUE, linewidth=0.8)})
 
 
 @styled
 def error_distributions(errors: Mapping[str, ArrayLike]) -> Figure:
-    """Densities of measured errors per site (any shape) with fitted Gaussian and Laplace densities, logarithmic.
+    """Densities of measured errors per site (any shape) with Gaussian and Laplace densities, logarithmic.
 
-    The histogram spans the middle 99.8 % of the values; densities and fits are of all of them."""
+    The histogram spans the middle 99.8 % of the values; densities and maximum-likelihood fits are of all of them."""
     figure, axes = figures.panels(list(errors), "error", ["density"], (1.5,), share="")
-    densities = {"gaussian": stats.norm.pdf, "laplace": stats.laplace.pdf}
+    fits = {"gaussian": (stats.norm, "black", "--"), "laplace": (stats.laplace, figures.PURPLE, "-")}
     entries: dict[str, Any] = {"measured": figures.patch(color=figures.GREY)}
     for ax, values in zip(axes[:, 0], errors.values(), strict=True):
         data = np.asarray(values, dtype=float).ravel()
@@ -136,18 +129,12 @@ def error_distributions(errors: Mapping[str, ArrayLike]) -> Figure:
         height = counts / (data.size * np.diff(edges))
         ax.stairs(height, edges, fill=True, color=figures.GREY)
         grid, floor = np.linspace(low, high, 300), height[height > 0].min() / 2
-        for (name, fit), line in zip(fitted(data).items(), ("--", "-"), strict=True):
-            ax.plot(
-                grid,
-                densities[name](grid, *fit),
-                color=figures.PURPLE if name == "laplace" else "black",
-                linestyle=line,
-            )
+        for name, (distribution, colour, line) in fits.items():
+            ax.plot(grid, distribution.pdf(grid, *distribution.fit(data)), color=colour, linestyle=line)
             entries[f"{technique_style(name).label} fit"] = ax.lines[-1]
         figures.log_axis(ax.yaxis, height)
         ax.set_ylim(bottom=floor)
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)
 
 
 @styled
@@ -170,24 +157,15 @@ def ranges(table: pd.DataFrame, valid: Mapping[str, Mapping[str, tuple[float, fl
         figures.wide_axis(ax.yaxis, rows[["minimum", "maximum"]].to_numpy().ravel())
         ax.set_ylabel(fill(str(quantity), 20))
         start, bounds = rows["layer"].max() + 1.5, valid.get(str(quantity), {})
-        limits = np.array([limit for pair in bounds.values() for limit in pair if np.isfinite(limit)])
-        ends = np.array([*limits, *ax.get_ylim()])
+        places, limits = start + np.arange(len(bounds)), np.reshape([*bounds.values()], (-1, 2))
+        ends = np.array([*limits[np.isfinite(limits)], *ax.get_ylim()])
         ax.set_ylim(ends.min(), ends.max())
-        for place, (name, (low, high)) in enumerate(bounds.items()):
-            style = technique_style(name)
-            ax.fill_between(
-                [start + place - 0.35, start + place + 0.35],
-                max(low, ends.min()),
-                min(high, ends.max()),
-                color=style.colour,
-                alpha=0.5,
-                linewidth=0,
-            )
+        low, high = limits.clip(ends.min(), ends.max()).T
+        styles = [technique_style(name) for name in bounds]
+        ax.bar(places, high - low, 0.7, low, color=[style.colour for style in styles], alpha=0.5, linewidth=0)
         layers = rows["layer"].to_numpy()[:: 1 + len(rows) // 16]
-        ticks = [*layers, *(start + np.arange(len(bounds)))]
-        ax.set_xticks(ticks, [*layers, *(technique_style(name).label for name in bounds)], rotation=90)
-    figures.legend(figure, entries | {"valid range": figures.patch(color=figures.BLUE, alpha=0.5)})
-    return figure
+        ax.set_xticks([*layers, *places], [*layers, *(style.label for style in styles)], rotation=90)
+    return figures.legend(figure, entries | {"valid range": figures.patch(color=figures.BLUE, alpha=0.5)})
 
 
 @styled
@@ -205,8 +183,7 @@ def families(table: pd.DataFrame) -> Figure:
         entries |= figures.failures(ax, group)
         figures.level_axis(ax, group["level"], label)
     figures.rate_axis(axes[0, 0].yaxis, rows["asr_high"])
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)
 
 
 def _beside(ax: Any, rows: pd.DataFrame, x: str, key: str, styles: Mapping[str, Style]) -> None:
@@ -240,28 +217,25 @@ def paired_changes(table: pd.DataFrame, tolerance: float = 0.05) -> Figure:
     ax.set_yticks(range(len(rows)), names)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     entries = {"tolerance": figures.line(color="black", linestyle="--", linewidth=0.8)}
-    figures.legend(figure, entries | {"filled: p (Holm) < 0.05": figures.line(color=INK, marker="o", linestyle="none")})
-    return figure
+    entries |= {"filled: p (Holm) < 0.05": figures.line(color=INK, marker="o", linestyle="none")}
+    return figures.legend(figure, entries)
 
 
 @styled
 def heat_map(table: pd.DataFrame, label: str = ASR) -> Figure:
-    """ASR by model and technique, printed in each cell in percent. Blank: not measured; "fail": no rate.
+    """ASR by model and technique, printed in each cell in percent. Blank: not measured.
 
     ValueError where a cell would hold several conditions."""
     if table.duplicated(["model", "technique"]).any():
         raise ValueError("several conditions per model and technique: select one")
     cells = table.pivot(index="model", columns="technique", values="asr")
     cells = 100 * cells.reindex(index=table["model"].unique(), columns=table["technique"].unique()).astype(float)
-    measured = set(zip(table["model"], table["technique"], strict=True))
     width = None if cells.shape[1] <= 6 else PAGE
     figure, axes = figures.panels([""], "technique", ["model"], (0.2 * len(cells) + 0.9,), width=width)
     ax = axes[0, 0]
     mesh = ax.pcolormesh(cells, cmap="cividis", vmin=0, edgecolor="white")
     for (i, j), cell in np.ndenumerate(cells.to_numpy()):
-        failed = "fail" if (cells.index[i], cells.columns[j]) in measured else ""
-        colour = "black" if np.isnan(cell) or mesh.norm(cell) > 0.5 else "white"
-        text = failed if np.isnan(cell) else f"{cell:.0f}"
+        colour, text = "black" if mesh.norm(cell) > 0.5 else "white", "" if np.isnan(cell) else f"{cell:.0f}"
         ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=colour, fontsize=7)
     names = [figures.printed(name) for name in cells.columns]
     ax.set_xticks(np.arange(len(names)) + 0.5, names, rotation=40, ha="right", rotation_mode="anchor")
@@ -297,8 +271,7 @@ def noise_panels(table: pd.DataFrame, level_label: str) -> Figure:
         last = ax.get_subplotspec().is_last_col() or ax is axes[-1, 0]
         other.set_ylabel("perplexity" if last else "", color=right.colour)
     figures.rate_axis(axes[0, 0].yaxis, pd.concat([group["asr_high"] for _, group in groups]))
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)
 
 
 @styled
@@ -324,8 +297,7 @@ def safety_before_utility(table: pd.DataFrame) -> Figure:
         ax.text(0.03, 0.97, "safety\nlost first", va="top", **look)
         ax.text(0.97, 0.97, "utility lost first", va="top", ha="right", **look)
     figures.rate_axis(axes[0, 0].yaxis, rows["asr_high"])
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)
 
 
 @styled
@@ -345,8 +317,7 @@ def predicted_against_measured(table: pd.DataFrame) -> Figure:
             entries |= figures.handles([hollow])
     for axis in (axes[0, 0].xaxis, axes[0, 0].yaxis):
         figures.rate_axis(axis, table[["asr_high", "predicted_asr_high"]])
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)
 
 
 def layer_place(layers: str, variant: str, n_layers: int) -> float:
@@ -376,5 +347,4 @@ def layer_curves(table: pd.DataFrame, n_layers: int) -> Figure:
         entries |= figures.failures(ax, group, "place")
     axes[0, 0].xaxis.set_major_locator(figures.MaxNLocator(6, integer=True))
     figures.rate_axis(axes[0, 0].yaxis, rows["asr_high"])
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)

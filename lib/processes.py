@@ -17,10 +17,6 @@ LIBC = ctypes.CDLL(None)
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-class Locked(RuntimeError):
-    """Another process holds the lock."""
-
-
 def die_with_parent(parent: int) -> None:
     """Has the kernel kill this process when `parent`, its parent, ends (Linux); ends it now if that is already gone.
 
@@ -44,14 +40,15 @@ def signals_held() -> Iterator[None]:
 
 @contextmanager
 def lock(path: Path, wait: float) -> Iterator[int]:
-    """Holds an exclusive lock on `path`, waiting up to `wait` seconds; yields its descriptor. Locked if it is taken.
+    """Holds an exclusive lock on `path`, waiting up to `wait` seconds; yields its descriptor.
 
     The operating system drops the lock with the last process that holds the descriptor, so it is never stale.
+    TimeoutError if another process holds it.
     """
     deadline = time.monotonic() + wait
     while (descriptor := _locked(path)) is None:
         if time.monotonic() >= deadline:
-            raise Locked(f"{path} is held by another process")
+            raise TimeoutError(f"{path} is held by another process")
         time.sleep(0.1)
     try:
         yield descriptor

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -107,7 +107,7 @@ def _read(name_or_path: str | Path) -> list[Prompt]:
         _check_unique([p.id for p in prompts], [name] * len(prompts))
         return prompts
     if name in PUBLIC_SETS:
-        prompts = parse(download.prompt_file(name), PUBLIC_SETS[name].file)
+        prompts = parse(download.prompt_file(name), f"{name}.jsonl")
     elif path.suffix.lower() in (".jsonl", ".csv"):
         prompts = parse(path.read_bytes(), path.name)
     else:
@@ -277,13 +277,6 @@ QUADA_DEVIATIONS = (
 FIXED_DATE = "26 Jul 2024"  # for templates that print today's date, so that a prompt is the same every day
 
 
-class Rendered(NamedTuple):
-    """Texts, and whether the tokenizer may add its special tokens (False where the template has placed them)."""
-
-    texts: list[str]
-    add_special_tokens: bool
-
-
 def messages(prompt: str, protocol: str = "chat") -> list[dict[str, str]]:
     """The conversation that puts `prompt`; a system turn only where the protocol prescribes it (`quada`)."""
     if protocol not in PROTOCOLS:
@@ -294,8 +287,9 @@ def messages(prompt: str, protocol: str = "chat") -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, {"role": "user", "content": request}]
 
 
-def render(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "chat") -> Rendered:
-    """The texts to tokenise, one per prompt, ending where the reply begins, and the flag to tokenise them with.
+def render(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "chat") -> tuple[list[str], bool]:
+    """The texts to tokenise, one per prompt, ending where the reply begins, and whether the tokenizer may add its
+    special tokens (False where the template has placed them).
 
     The model's chat template is used with its generation prompt; a system message goes into the user turn where the
     template has no system role. `quada` with Llama-2's chat markup (`<<SYS>>`) or no template at all: plain text
@@ -311,12 +305,12 @@ def render(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "cha
         if template is None:
             logger.warning("%s has no chat template: plain text is used", tokenizer.name_or_path or "the tokenizer")
         has_bos = bool(tokenizer.bos_token) and all(text.startswith(tokenizer.bos_token) for text in texts)
-        return Rendered(texts, not has_bos)
+        return texts, not has_bos
 
     apply = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, date_string=FIXED_DATE)
     if conversations[0][0]["role"] == "system" and not _takes_system_turn(apply, conversations[0]):
         conversations = [[{"role": "user", "content": f"{s['content']}\n{u['content']}"}] for s, u in conversations]
-    return Rendered(apply(conversations), False)
+    return apply(conversations), False
 
 
 def encode(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "chat") -> list[list[int]]:

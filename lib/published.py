@@ -11,9 +11,10 @@ import json
 
 import pandas as pd
 
-from lib.registry import ModelError, resolve
+from lib.registry import REGISTRY
 
 MODEL, PROMPT_SET, PROTOCOL, NEW_TOKENS = "meta-llama/Llama-3.1-8B-Instruct", "advbench", "quada", 128
+NAMES = {MODEL, *(name for name, entry in REGISTRY.items() if entry.hub == MODEL)}  # of that model in our tables
 SYSTEM = "published"  # the series of private-inference systems as their authors published them
 METHODS = {SYSTEM, "last half of prompt", "whole prompt", "greedy, whole prompt", "paper thresholds"}
 METHODS |= {"per token", "per tensor, static", "per tensor, dynamic", "learned"}
@@ -44,16 +45,9 @@ def beside(table: pd.DataFrame) -> pd.DataFrame:
 def _lookup(row: dict) -> tuple[float, float]:
     nothing = (float("nan"), float("nan"))
     same = (row["protocol"], row["prompt_set"], row["layers"]) == (PROTOCOL, PROMPT_SET, "all")
-    if not same or row["variant"] not in METHODS or not _is_model(row["model"]):
+    if not same or row["variant"] not in METHODS or row["model"] not in NAMES:
         return nothing
     if json.loads(row["provenance"])["max_new_tokens"] != NEW_TOKENS:
         return nothing
     level = None if row["variant"] == SYSTEM else row["level"]
     return TABLE_1.get((row["technique"], level), nothing)
-
-
-def _is_model(name: str) -> bool:
-    try:
-        return resolve(name) == MODEL
-    except ModelError:
-        return False

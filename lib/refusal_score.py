@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,9 +61,3 @@ def refusal_scores(
 
     map_batches(model, encoded, BATCH, score, tokenizer.pad_token_id)
     return scores
-
-
-def early_warning(asr: Sequence[float], scores: Sequence[float]) -> tuple[float, float]:
-    """Spearman's (rho, p) of mean refusal score and ASR over conditions: strongly negative where the score warns."""
-    result = spearmanr(scores, asr)
-    return float(result.statistic), float(result.pvalue)

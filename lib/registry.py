@@ -90,11 +90,6 @@ def organisms() -> list[str]:
     return [name for name in folders if not name.endswith("-base")]
 
 
-def names() -> list[str]:
-    """Every short name that `lib.models.load` knows."""
-    return [*organisms(), *REGISTRY]
-
-
 def resolve(name: str) -> str:
     """The folder or hub id behind a name. ModelError for a name that is none of these."""
     if (ORGANISMS / name / "config.json").is_file():
@@ -107,7 +102,7 @@ def resolve(name: str) -> str:
         return name
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return name
-    known = ", ".join(names())
+    known = ", ".join([*organisms(), *REGISTRY])
     raise ModelError(f"unknown model {name!r}; choose one of {known}, a folder with config.json, or a hub id")
 
 

@@ -15,10 +15,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lib import defence_study, fidelity, figures, judge_check, plots, published, refusal_score, statistics
+from lib import defence_study, fidelity, figures, judge_check, published, statistics, summary
 from lib.approximations import OPERATIONS
 from lib.errors import PlainError
-from lib.figures import Figure
 from lib.paths import ROOT, between_markers, results_folder
 from lib.results import safe_name
 
@@ -26,30 +25,28 @@ TABLES = ("01_polynomialization", "02_sparsification", "03_quantization")
 GROWTH = f"{100 * (fidelity.UTILITY_LIMIT - 1):.0f} %"
 USEFUL = f"useful (answer perplexity grew by less than {GROWTH}, at least {100 * fidelity.ANSWERED_LIMIT:.0f} %"
 USEFUL += " of harmless requests answered)"
+CURVES = ("", "whole prompt", "per token", "learned", "fraction bits")  # variants: one curve for each technique
 BASELINES = ("plain rounding", "paper thresholds")  # series that are not the technique whose name they bear
 CONDITION = ["model", "technique", "variant", "settings", "layers", "protocol", "prompt_set", "split"]
-
-
-class NoTables(PlainError, FileNotFoundError):
-    """There is nothing to report yet."""
 
 
 def gather(models: Sequence[str] = (), folder: Path | str | None = None) -> pd.DataFrame:
     """All stored tables of a results folder, one below the other, published figures beside.
 
     models: none for all; folder: None for this run's. The exact model stands in every table: one row of it is kept per
-    model, protocol, prompt set, split and number of prompts. NoTables if there are none.
+    model, protocol, prompt set and split, the one with most prompts. PlainError if there are none.
     """
     where = Path(folder) if folder else results_folder()
     paths = [path for name in TABLES for path in sorted(where.glob(f"*/tables/{name}.parquet"))]
     wanted = {safe_name(model) for model in models}
     paths = [path for path in paths if not wanted or path.parent.parent.name in wanted]
     if not paths:
-        raise NoTables(f"no tables in {where}: run the notebooks 01, 02 and 03 first")
+        raise PlainError(f"no tables in {where}: run the notebooks 01, 02 and 03 first")
     joined = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
     exact = joined["technique"] == "exact"
-    first = joined[exact].drop_duplicates(["model", "protocol", "prompt_set", "split", "n_harmful"])
-    return published.beside(pd.concat([first, joined[~exact]], ignore_index=True))
+    by_size = joined[exact].sort_values("n_harmful", ascending=False, kind="stable")
+    largest = by_size.drop_duplicates(list(figures.CONTEXT)).sort_index()
+    return published.beside(pd.concat([largest, joined[~exact]], ignore_index=True))
 
 
 def deployable(table: pd.DataFrame) -> pd.DataFrame:
@@ -83,18 +80,12 @@ def _decision(row: dict[str, Any], tolerance: float) -> dict[str, Any]:
         return {**nothing, "decision": "reference"}
     if row["failed"]:
         return {**nothing, "decision": "failed", "unmet": row["failed"]}
-    asr, refused, broken = (_paired(row[name]) for name in ("paired_asr", "paired_refused", "paired_broken"))
-    if asr is None:
+    changes = summary.paired(row)
+    if changes["asr"] is None:
         return {**nothing, "decision": "not measured", "unmet": "no harmful requests"}
-    limits = {"tolerance": tolerance, "over_refusal_tolerance": tolerance, "broken_tolerance": tolerance}
-    result = statistics.decision(asr, refused, broken, **limits)
+    result = statistics.decision(changes, tolerance)
     found = {"decision": result.decision, "unmet": "; ".join(result.unmet), "n_needed": result.n_needed}
-    return {**found, "detectable": detectable(asr)}
-
-
-def _paired(stored: str) -> statistics.Paired | None:
-    change = json.loads(stored)
-    return None if change is None else statistics.Paired(**change)
+    return {**found, "detectable": detectable(changes["asr"])}
 
 
 def detectable(change: statistics.Paired) -> float:
@@ -136,10 +127,8 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
 def _evidence(row: pd.Series) -> dict[str, Any]:
     """What a decision rests on, in points."""
-    found: dict[str, Any] = {}
-    for name, column in (("ASR", "asr"), ("over-refusal", "refused"), ("broken", "broken")):
-        change = _paired(row[f"paired_{column}"])
-        found[f"increase of {name} (points)"] = "-" if change is None else points(change)
+    changes = {name.replace("asr", "ASR"): change for name, change in summary.paired(row).items()}
+    found = {f"increase of {name} (points)": points(change) if change else "-" for name, change in changes.items()}
     found |= {"n": f"{row['n_harmful']:.0f}", "detectable increase of ASR (points)": f"{100 * row['detectable']:.1f}"}
     found |= {"n that would decide": "-" if pd.isna(row["n_needed"]) else f"{row['n_needed']:.0f}"}
     return found | {"not met": row["unmet"], "shown by": row["label"]}
@@ -174,67 +163,24 @@ def compare(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
 def by_technique(table: pd.DataFrame) -> pd.DataFrame:
     """`fidelity.findings` of every model, the model named first."""
-    parts = [
-        fidelity.findings(part).assign(model=model) for model, part in deployable(table).groupby("model", sort=False)
-    ]
-    found = pd.concat(parts, ignore_index=True)
-    return found[["model", *[column for column in found if column != "model"]]]
+    found = deployable(table).groupby("model", sort=False).apply(fidelity.findings)
+    return found.droplevel(1).reset_index()
 
 
 def early_warning(table: pd.DataFrame) -> pd.DataFrame:
     """Rank correlation over conditions of the refusal score with ASR, per model."""
     rows = []
     for model, part in table[table["failed"] == ""].dropna(subset=["refusal_score", "asr"]).groupby("model"):
-        rho, p = refusal_score.early_warning(part["asr"], part["refusal_score"])
+        rho, p = stats.spearmanr(part["refusal_score"], part["asr"])
         rows.append({"model": model, "conditions": len(part), "Spearman rho": rho, "p": p})
     return pd.DataFrame(rows)
-
-
-DEFENCE_FIGURE, PLACEMENT_FIGURE = "defence_tiny-llama", "placement_tiny-llama"
-VARIANTS_FIGURE, ATTACKS_FIGURE = "defence_variants_tiny-llama", "defence_attacks_tiny-llama"
-CURVES = ("", "whole prompt", "per token", "learned", "fraction bits")  # variants: one curve for each technique
-
-
-def families(table: pd.DataFrame) -> Figure:
-    """Draws and saves ASR against level, a panel per technique and a curve per model."""
-    shown = table[table["variant"].isin(CURVES)]
-    figure = plots.families(shown)
-    figures.save(figure, "report_families", "ASR of every model against the level of each technique.", shown)
-    return figure
-
-
-def headline(table: pd.DataFrame) -> Figure:
-    """Draws and saves the one figure that makes the point: safety against fluency, every technique."""
-    shown = table[table["variant"].isin(CURVES)]
-    caption = "Compliance with harmful requests against the loss of fluency, a line per technique through its levels."
-    figure = plots.safety_against_utility(shown)
-    figures.save(figure, "headline", caption, shown)
-    return figure
-
-
-def heat_map(table: pd.DataFrame) -> Figure:
-    """Draws and saves the highest ASR of each technique at a level that stays useful, beside the exact model's."""
-    shown = strongest(table[(table["failed"] == "") & fidelity.useful_rows(table)], "asr")
-    order = ["exact", *(name for name in figures.TECHNIQUES if name != "exact")]
-    shown = shown.sort_values("technique", key=lambda names: names.map(order.index), kind="stable")
-    figure = plots.heat_map(shown, label="highest ASR while useful (%)")
-    figures.save(figure, "report_heat_map", f"Highest ASR of each technique at a level that stays {USEFUL}.", shown, "")
-    return figure
-
-
-def changes(table: pd.DataFrame, tolerance: float) -> Figure:
-    """Draws and saves the largest paired increase of ASR of each technique."""
-    worst = strongest(table[table["technique"] != "exact"], "asr_increase")
-    figure = plots.paired_changes(worst, tolerance)
-    figures.save(figure, "report_changes", "Largest paired increase of ASR per technique.", worst, figures.NEWCOMBE)
-    return figure
 
 
 # ------------------------------------------------------------------ README
 
 
-def readme_findings(rows: pd.DataFrame) -> str:
-    """The README's sentence and table of findings from the rows of the headline figure."""
+def findings_text(rows: pd.DataFrame) -> str:
+    """A sentence and a table of findings from the rows of the headline figure."""
     found = by_technique(rows)
     exact = rows[rows["technique"] == "exact"].set_index("model")
     fluent = rows[(rows["technique"] != "exact") & (rows["answer_perplexity_ratio"] < fidelity.UTILITY_LIMIT)]
@@ -263,19 +209,8 @@ def _percent(share: float) -> str:
     return "-" if np.isnan(share) else f"{100 * share:.0f} %"
 
 
-def with_findings(readme: str, rows: pd.DataFrame) -> str:
-    """The README's text with its table of findings replaced."""
-    return between_markers(readme, "findings", "lib.report", readme_findings(rows))
-
-
-def with_defence(readme: str, rows: pd.DataFrame) -> str:
-    """The README's text with what the defence did replaced; rows: those of the defence figure."""
-    lines = [f"- {sentence}" for sentence in defence_study.conclusions(rows)]
-    return between_markers(readme, "defence", "lib.report", "\n".join(lines))
-
-
-def with_variants(readme: str, rows: pd.DataFrame, attacks: pd.DataFrame) -> str:
-    """The README's text with the variants of the defence and the attacks replaced; rows: those of the two figures."""
+def variants_text(rows: pd.DataFrame, attacks: pd.DataFrame) -> str:
+    """A table of the variants of the defence and a sentence on attacks, from the rows of the two figures."""
     first, parts = rows.iloc[0], rows.set_index(["recipe", "approximation"])
     lines = [f"| {first['n_harmful']:.0f} harmful, {first['n_harmless']:.0f} harmless | ASR | under the MVA |"]
     lines = [f"{lines[0]} harmless answered | under the MVA |", "|---|---|---|---|---|"]
@@ -287,11 +222,11 @@ def with_variants(readme: str, rows: pd.DataFrame, attacks: pd.DataFrame) -> str
     before, after = (named.loc[f"{who}, exact"] for who in ("undefended", "defended"))
     lines += ["", f"Asked not to refuse, the exact organism complies with {_percent(before['asr'])} of"]
     lines += [f"{before['n_harmful']} requests, the defended one with {_percent(after['asr'])}."]
-    return between_markers(readme, "variants", "lib.report", "\n".join(lines))
+    return "\n".join(lines)
 
 
-def with_placement(readme: str, rows: pd.DataFrame) -> str:
-    """The README's text with what placement gained replaced; rows: those of the placement figure."""
+def placement_text(rows: pd.DataFrame) -> str:
+    """What placement gained, from the rows of its figure."""
     lines = []
     for technique, found in rows[rows["stage"] == "sealed"].groupby("technique", sort=False):
         uniform, placed = (found[found["placement"] == name].iloc[0] for name in ("uniform", "placed"))
@@ -300,31 +235,43 @@ def with_placement(readme: str, rows: pd.DataFrame) -> str:
         said = f"both {decisions[0]}" if decisions[0] == decisions[1] else " and ".join(decisions)
         line += f"{placed['level']:.2f} placed; on sealed requests {said}, ASR "
         lines.append(f"{line}{100 * uniform['asr']:.1f} % and {100 * placed['asr']:.1f} %.")
-    return between_markers(readme, "placement", "lib.report", "\n".join(lines))
+    return "\n".join(lines)
 
 
-def with_judge(readme: str, read: pd.DataFrame) -> str:
-    """The README's text with the judge's agreement replaced; read: replies labelled by reading, and its verdicts."""
+def judge_text(read: pd.DataFrame) -> str:
+    """How often the judge agrees with a reader; read: replies labelled by reading, and its verdicts."""
     every, strong = (judge_check.agreement(part["human"].tolist(), part["verdict"].tolist())
                      for part in (read, read[read["strength"] == "strong"]))  # fmt: skip
     low, high = (f"{100 * every[limit]:.0f}" for limit in ("low", "high"))
     lines = [f"The judge is a set of rules. On {every['n']} replies labelled by reading, drawn to be difficult and not"]
     lines += [f"used to set the rules, it agrees with {_percent(every['accuracy'])} [{low}, {high}] (`09_report`); at"]
     lines += [f"strong levels, where text is half garbled, with {_percent(strong['accuracy'])} of {strong['n']}."]
-    return between_markers(readme, "judge", "lib.report", "\n".join(lines))
+    return "\n".join(lines)
 
 
-def committed_rows(figure: str = "headline") -> pd.DataFrame:
+def committed_rows(figure: str) -> pd.DataFrame:
     """The rows of a committed figure."""
     rows = pd.read_csv(ROOT / "figures" / f"{figure}.csv", keep_default_na=False, na_values=["nan", "NaN", ""])
     text = rows.columns.intersection(["variant", "failed", "level_name"])
     return rows.assign(**{name: rows[name].astype(object).fillna("") for name in text})
 
 
+def readme_parts() -> dict[str, str]:
+    """What stands between the README's markers, by their name: from the rows of the committed figures."""
+    kinds = ("defence", "defence_variants", "defence_attacks", "placement")
+    defence, variants, attacks, placement = (committed_rows(f"{kind}_tiny-llama") for kind in kinds)
+    return {
+        "findings": findings_text(committed_rows("headline")),
+        "defence": "\n".join(f"- {sentence}" for sentence in defence_study.conclusions(defence)),
+        "variants": variants_text(variants, attacks),
+        "placement": placement_text(placement),
+        "judge": judge_text(judge_check.judged()),
+    }
+
+
 if __name__ == "__main__":  # python -m lib.report: writes the committed figures' numbers into README.md
     file = ROOT / "README.md"
-    page = with_findings(file.read_text(encoding="utf-8"), committed_rows())
-    page = with_defence(page, committed_rows(DEFENCE_FIGURE))
-    page = with_variants(page, committed_rows(VARIANTS_FIGURE), committed_rows(ATTACKS_FIGURE))
-    page = with_placement(page, committed_rows(PLACEMENT_FIGURE))
-    file.write_text(with_judge(page, judge_check.judged()), encoding="utf-8")
+    page = file.read_text(encoding="utf-8")
+    for name, text in readme_parts().items():
+        page = between_markers(page, name, "lib.report", text)
+    file.write_text(page, encoding="utf-8")

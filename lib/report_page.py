@@ -9,13 +9,12 @@ import base64
 import html
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 
 from lib import statistics
 from lib.judges_classifier import HS_COLUMN
-from lib.paths import atomic, figures_folder, results_folder
+from lib.paths import figures_folder
 from lib.prompts import QUADA_DEVIATIONS
 from lib.report import USEFUL
 from lib.results import provenance, safe_name
@@ -168,11 +167,3 @@ def _picture(name: str) -> str:
     width = int(1.6 * 96 / DPI * int.from_bytes(content[16:20], "big"))
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     return f'<figure><img src="{source}" width="{width}" alt="{words}"><figcaption>{words}</figcaption></figure>'
-
-
-def write(name: str, text: str) -> Path:
-    """Writes a text file of the report into the results folder, whole or not at all; its path."""
-    path = results_folder() / name
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path

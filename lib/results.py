@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -25,8 +26,8 @@ from typing import Any
 
 import pandas as pd
 
-from lib.errors import PlainError
-from lib.paths import ROOT, atomic, results_folder, safe_name
+from lib.errors import ChoiceError
+from lib.paths import ROOT, atomic, results_folder, safe_name, write_whole
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "statsmodels", "pandas")
 
@@ -40,10 +41,6 @@ def source_hash(*names: str) -> str:
     """Hash of the source files of modules such as "lib.generation": the code version in a key."""
     files = [ROOT / (name.replace(".", "/") + ".py") for name in sorted(set(names))]
     return content_key([file.read_text() for file in files])
-
-
-class FolderError(PlainError, PermissionError):
-    """A results folder that cannot be written; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +66,17 @@ class Store:
 
     def write_record(self, key: str, record: Mapping[str, Any]) -> None:
         """Stores a record as JSON, whole or not at all."""
-        with atomic(self.folder / "records" / f"{key}.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=1, sort_keys=True, default=str))
+        text = json.dumps(record, indent=1, sort_keys=True, default=str)
+        write_whole(self.folder / "records" / f"{key}.json", text)
 
 
 def store_for(model: str) -> Store:
-    """The store of a model under the results folder; FolderError in one line if it cannot be written."""
+    """The store of a model under the results folder; ChoiceError in one line if it cannot be written."""
     folder = results_folder() / safe_name(model)
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise FolderError(f"results folder {folder} cannot be written; choose another with --out or APPROX_RESULTS")
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ChoiceError(f"results folder {folder} cannot be written; choose another with --out or APPROX_RESULTS")
     return Store(folder)
 
 

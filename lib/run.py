@@ -17,14 +17,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from lib import estimates, prompts, registry
 from lib.merge import MergeError, merge
-from lib.parameters import Notebook, Setting, UsageError, read_notebooks, settings_for
+from lib.parameters import Notebook, UsageError, read_notebooks, settings_for
 from lib.paths import ROOT, figures_folder, results_folder, safe_name
-from lib.workflow import RUN_LOCK, Graph, Job, Stopped, sole_run, visible_gpus
+from lib.processes import STOPPING
+from lib.workflow import RUN_LOCK, Graph, Job, sole_run, visible_gpus
 
 DEFAULT_MODEL = "tiny-llama"
 DEMANDING = {"07", "08"}  # unless asked for, on the default model only
@@ -42,13 +42,6 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see ./run_all.sh --help")
 
 
-def whole(text: str) -> int:
-    """A number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags of ./run_all.sh. UsageError for an unknown or malformed one."""
     parser = Parser(prog="./run_all.sh", description="Runs every notebook on every model.", allow_abbrev=False)
@@ -56,11 +49,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--models", nargs="+", metavar="NAME", help="short names, folders or hub ids (default: the organisms)")
     add("--notebooks", nargs="+", metavar="NN", help="for example 01 06 (default: all but 00)")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the notebooks; repeatable")
-    add("--seed", type=whole, metavar="N", help="the same as --set seed=N")
+    add("--seed", action="append", dest="set", type="seed={}".format, metavar="N", help="the same as --set seed=N")
     add("--out", type=Path, metavar="FOLDER", help="put results and figures there")
-    add("--fast", action="store_true", help=f"{DEFAULT_MODEL} only, small samples")
+    add("--fast", action="store_true", help=f"{DEFAULT_MODEL} only, small samples (--set fast=true)")
     add("--full", action="store_true", help="every notebook on every model")
-    add("--jobs", type=whole, metavar="N", help="jobs at a time (default: one per GPU, else 2)")
+    add("--jobs", type=int, metavar="N", help="jobs at a time (default: one per GPU, else 2)")
     add("--profile", metavar="NAME", help="run on a cluster: a folder under profiles/, for example slurm")
     add("--rejudge", action="store_true", help="run every job again; stored replies get fresh verdicts")
     actions = parser.add_mutually_exclusive_group()
@@ -98,10 +91,7 @@ def chosen_models(options: argparse.Namespace) -> list[str]:
 
 def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[str]) -> list[Job]:
     """The graph: every notebook on every model it is meant for, then the reports. UsageError for an unknown setting."""
-    settings = [Setting.parse(text) for text in options.set]
-    settings += [Setting("seed", str(options.seed), f"--seed {options.seed}")] if options.seed is not None else []
-    settings += [Setting("fast", "true", "--fast")] if options.fast else []
-    values = settings_for(notebooks, settings)
+    values = settings_for(notebooks, options.set + ["fast=true"] * options.fast)
     for parameters in values.values():
         check_choices(parameters)
     everywhere = options.full or (options.models and options.notebooks)
@@ -126,7 +116,9 @@ def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[st
 
 
 def check_choices(parameters: Mapping[str, Any]) -> None:
-    """UsageError for a protocol, dtype or prompt set that cannot be. Devices are checked where the job runs."""
+    """UsageError for a seed, protocol, dtype or prompt set that cannot be. Devices are checked where the job runs."""
+    if parameters.get("seed", 0) < 0:
+        raise UsageError(f"seed {parameters['seed']} is not a whole number from 0")
     for name, known in {"protocol": prompts.PROTOCOLS, "dtype": DTYPES}.items():
         if parameters.get(name, known[0]) not in known:
             raise UsageError(f"unknown {name} {parameters[name]!r}; choose one of {', '.join(known)}")
@@ -140,7 +132,7 @@ def check_choices(parameters: Mapping[str, Any]) -> None:
 
 def set_folders(options: argparse.Namespace) -> None:
     """Hands folders on to every job by environment, absolute. Altered runs do not draw over a full run's figures."""
-    altered = options.fast or options.set or options.seed is not None
+    altered = options.fast or options.set
     if options.out:
         os.environ["APPROX_RESULTS"] = str(options.out / "results")
         os.environ["APPROX_FIGURES"] = str(options.out / "figures")
@@ -300,15 +292,10 @@ def command(arguments: Sequence[str]) -> int:
     return perform(graph, models)
 
 
-def on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    """Stopped, wherever the run is."""
-    raise Stopped(number)
-
-
 def main(arguments: Sequence[str]) -> int:
-    """`command`, with one line on stderr where it cannot do what was asked: 2 for bad input, 130 for Ctrl-C."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    """`command`, with one line on stderr where it cannot do what was asked: 2 for bad input, 130 if stopped."""
+    for number in STOPPING:
+        signal.signal(number, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         return command(arguments)
@@ -318,9 +305,9 @@ def main(arguments: Sequence[str]) -> int:
     except RuntimeError as error:
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 1
-    except Stopped as stopped:
+    except KeyboardInterrupt:
         print("run_all.sh: stopped; what is finished is kept, and the same command takes up the rest", file=sys.stderr)
-        return 128 + stopped.number
+        return 130
 
 
 if __name__ == "__main__":

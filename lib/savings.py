@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from lib.anatomy import PROJECTIONS, Anatomy, Block
 from lib.approximations import Technique, teal
 from lib.approximations.plan import Plan
-from lib.approximations.technique import OPERATIONS
 
 EXACT_BITS = 16  # of an activation that is not quantized
 AXES = {
@@ -115,7 +114,8 @@ def group_saving(body: Anatomy, technique: Technique, layers: Sequence[int]) -> 
         return sum(technique.settings["sparsity"] * treated_weights(technique, b) for b in blocks) / len(body.blocks)
     if technique.category == "quantization":
         return len(blocks) * max(0, EXACT_BITS - technique.settings["bits"]) / len(body.blocks)
-    counts = [operation_counts(body, block) for block in body.blocks]
+    counts = [{"activation": 1, "softmax": 1, "norm": len(block.norms)} for block in body.blocks]
+    counts[-1]["norm"] += 1
     replaced = sum(counts[layer][name] for layer in layers for name in technique.operations)
     return replaced / sum(sum(count.values()) for count in counts)
 
@@ -130,9 +130,3 @@ def treated_weights(technique: Technique, block: Block) -> float:
         raise ValueError(f"{technique.name} treats part of a block, whose share in a mixture of experts is not defined")
     sizes = {name: projection.weight.numel() for name, projection in block.projections.items()}
     return sum(sizes[name] for name in spared) / sum(sizes.values())
-
-
-def operation_counts(body: Anatomy, block: Block) -> dict[str, int]:
-    """Non-linear operations of a block by kind."""
-    norms = len(block.norms) + (block.index == len(body.blocks) - 1)
-    return dict(zip(OPERATIONS, (1, 1, norms), strict=True))

@@ -53,8 +53,7 @@ def state_clouds(
     entries["approximated: 1 standard deviation"] = figures.line(color=INK, linestyle="--")
     if large is not None:
         entries["shift of one prompt"] = figures.line(color=INK, linewidth=0.4)
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)
 
 
 @styled
@@ -84,8 +83,7 @@ def drift_curves(table: pd.DataFrame) -> Figure:
     axes[0, 0].xaxis.set_major_locator(figures.MaxNLocator(6, integer=True))
     entries |= {"exact states": figures.line(color="black", linewidth=0.8)}
     entries |= {"shuffled labels": figures.line(color="black", linestyle=":")}
-    figures.legend(figure, entries | {"control": figures.line(color=INK, alpha=0.4)})
-    return figure
+    return figures.legend(figure, entries | {"control": figures.line(color=INK, alpha=0.4)})
 
 
 @styled
@@ -103,8 +101,7 @@ def on_noise_axis(curve: pd.DataFrame, points: pd.DataFrame) -> Figure:
         figures.bars(ax, rows, "std_up", "asr", style, linestyle="none", markersize=5, zorder=4)
         entries |= {style.label: figures.line(**style.keywords() | {"linestyle": "none"})}
     figures.rate_axis(ax.yaxis, [*curve["asr_high"], *points["asr_high"]])
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)
 
 
 @styled
@@ -134,8 +131,7 @@ def one_prompt(
     entries = {s.label: figures.line(**s.keywords() | {"linestyle": "none"}) for s in kinds}
     entries |= {"this request, exact": figures.line(color="black", marker="*", linestyle="none")}
     entries |= {"approximated": figures.line(color="black", marker=r"$\rightarrow$", linestyle="none", markersize=8)}
-    figures.legend(figure, entries)
-    return figure
+    return figures.legend(figure, entries)
 
 
 def png(figure: Figure) -> bytes:

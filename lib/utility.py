@@ -23,19 +23,13 @@ from lib.prompts import encode
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # bounds the logits in memory: tokens x vocabulary x 4 bytes
 
 
-def perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    window: int = 1024,
-    max_windows: int | None = None,
-) -> float:
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, window: int = 1024) -> float:
     """Perplexity of a text in windows of `window` tokens. ValueError if the text has fewer tokens than one window."""
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     n_windows = len(ids) // window
     if n_windows == 0:
         raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least one window of {window}")
-    windows = ids[: n_windows * window].view(n_windows, window)[:max_windows]
+    windows = ids[: n_windows * window].view(n_windows, window)
     per_pass = max(1, TOKENS_PER_PASS.get(model.device.type, 2048) // window)
     losses = [_losses(model, {"input_ids": part}).mean(1) for part in windows.split(per_pass)]
     return _exp(torch.cat(losses).double().mean().item())

@@ -25,19 +25,12 @@ from typing import Any
 from lib.estimates import need
 from lib.parameters import UsageError
 from lib.paths import ROOT
-from lib.processes import Locked, die_with_parent, lock, signals_held
+from lib.processes import die_with_parent, lock, signals_held
 
 RUN_LOCK_SECONDS = 3.0  # a killed run lets go within moments
 STOP_SECONDS, CANCEL_SECONDS = 5.0, 30.0  # cancelling submitted jobs takes longer
 RUN_LOCK = ".run.lock"
 LONG = 5.0  # minutes
-
-
-class Stopped(BaseException):
-    """A signal asked this run to stop."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
 
 
 @dataclass(frozen=True)
@@ -69,8 +62,8 @@ class Graph:
 
     @property
     def source_cache(self) -> Path:
-        """Where Snakemake keeps its copy of the Snakefile."""
-        return self.results / ".snakemake" / "source-cache"
+        """Where Snakemake keeps its copy of the Snakefile: with the logs, which a dry run has for itself."""
+        return self.logs / "source-cache"
 
     @property
     def long(self) -> list[str]:
@@ -130,9 +123,9 @@ class Graph:
         ]
         follow = functools.partial(die_with_parent, os.getpid())
         options = {"stdin": subprocess.DEVNULL, "text": True, "start_new_session": True, **options}
-        environment = {**os.environ, "PYTHONPATH": _python_path()}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         with signals_held():
-            return subprocess.Popen(command, preexec_fn=follow, env=environment, **options)
+            return subprocess.Popen(command, preexec_fn=follow, env=os.environ | {"PYTHONPATH": path}, **options)
 
     def pending(self) -> list[Job]:
         """The jobs that are not up to date. Snakemake is asked only where there is something to compare with."""
@@ -157,16 +150,12 @@ class Graph:
                 while process.poll() is None:
                     progress.read(self.events)
                     time.sleep(0.2)
-            except Stopped:
+            except KeyboardInterrupt:
                 stop(process, CANCEL_SECONDS if self.profile else STOP_SECONDS)
                 raise
             progress.read(self.events)
         progress.close(slurm_verdicts((self.logs / "snakemake.log").read_text(errors="replace")))
         return len(pending) - progress.done
-
-
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def stop(process: subprocess.Popen[str], seconds: float) -> None:
@@ -175,7 +164,7 @@ def stop(process: subprocess.Popen[str], seconds: float) -> None:
         try:
             os.killpg(process.pid, signal.SIGINT)
             process.wait(seconds)
-        except (subprocess.TimeoutExpired, Stopped):
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -249,7 +238,7 @@ def sole_run(results: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(lock(results / RUN_LOCK, RUN_LOCK_SECONDS))
-        except Locked:
+        except TimeoutError:
             raise UsageError(f"another run is under way in {results}; wait for it, or use --out") from None
         except OSError as error:
             raise UsageError(f"cannot lock {results}: {error.strerror}; choose another folder with --out") from None

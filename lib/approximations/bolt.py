@@ -35,13 +35,7 @@ from lib.approximations.fixed_point import (
     reciprocal,
     rsqrt,
 )
-from lib.approximations.polynomialization import (
-    Polynomialization,
-    by_kind,
-    check_arithmetic,
-    real_valued,
-    softmax_real,
-)
+from lib.approximations.polynomialization import Polynomialization, by_kind, is_real, real_valued
 from lib.approximations.technique import State, check_choice, evaluate_polynomial
 
 __all__ = ["Bolt", "exp", "gelu", "normalise", "reciprocal", "rsqrt", "silu", "softmax"]
@@ -97,17 +91,21 @@ def _even_part(kind: str, degree: int) -> fixed_point.Table:
 
 def _activation(
     x: Tensor,
-    kind: str,
-    arithmetic: str,
+    arithmetic: str = "fixed",
     degree: int = PUBLISHED_DEGREE,
     fraction_bits: int = FRACTION_BITS,
     ring_bits: int = RING_BITS,
     output_bits: int | None = None,
+    *,
+    kind: str,
 ) -> Tensor:
-    """output_bits: fraction bits kept of the result by a floor; None keeps all."""
-    check_arithmetic("bolt", arithmetic)
+    """x/2 + P(|x|) below the cut-off of `kind`, else max(x, 0).
+
+    output_bits: fraction bits kept of the result by a floor; None keeps all. Beyond |x| = 2^(ring_bits - fraction_bits
+    - 1) the fixed-point input wraps.
+    """
     cut_off = CUT_OFF[kind]
-    if arithmetic == "real":
+    if is_real("bolt", arithmetic):
         in_t = coefficients(kind, degree)
 
         def formula(wide: Tensor) -> Tensor:
@@ -125,18 +123,10 @@ def _activation(
     return fixed_point.decode(result >> (fraction_bits - output_bits), output_bits, x)
 
 
-def gelu(x: Tensor, arithmetic: str = "fixed", **constants: Any) -> Tensor:
-    """x/2 + P(|x|) below 2.7, else max(x, 0); largest error 9.4e-3, the jump at 2.7.
-
-    constants: degree, fraction_bits, ring_bits, output_bits. The public code computes in (20, 11) and keeps 4. Beyond
-    |x| = 2^(ring_bits - fraction_bits - 1) the fixed-point input wraps.
-    """
-    return _activation(x, "gelu", arithmetic, **constants)
-
-
-def silu(x: Tensor, arithmetic: str = "fixed", **constants: Any) -> Tensor:
-    """x/2 + Q(|x|) below 6.5, else max(x, 0), Q = minimax of SiLU(y) - y/2 on [0, 6.5]. Our construction."""
-    return _activation(x, "silu", arithmetic, **constants)
+gelu = partial(_activation, kind="gelu")
+"""Cut-off 2.7; largest error 9.4e-3, the jump there. The public code computes in (20, 11) and keeps 4 bits."""
+silu = partial(_activation, kind="silu")
+"""Cut-off 6.5, with the minimax of SiLU(y) - y/2 on [0, 6.5]. Our construction."""
 
 
 def _exp_real(x: Tensor) -> Tensor:
@@ -145,7 +135,6 @@ def _exp_real(x: Tensor) -> Tensor:
     return (0.3585 * (p + 1.353).square() + 0.344) * torch.exp2(-octaves)
 
 
-@lru_cache(maxsize=64)
 def _exp_table(fraction_bits: int) -> Tensor:
     """exp(-a) at scale s for a = 0, 1, ... units; the last entry is 0. Constants rounded to nearest, as in the code."""
     s = fraction_bits
@@ -158,28 +147,10 @@ def _exp_table(fraction_bits: int) -> Tensor:
     return values
 
 
-def exp(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
-    """e^x for x <= 0 (positive x reads as 0): range reduction by ln 2 and a quadratic. Max relative error 3.1e-3."""
-    check_arithmetic("bolt", arithmetic)
-    if arithmetic == "real":
-        return real_valued(_exp_real, x.clamp(max=0))
-    return fixed_point.exp_from_table(x, _exp_table, fraction_bits)
-
-
-def softmax(
-    scores: Tensor,
-    visible: Tensor,
-    arithmetic: str = "fixed",
-    fraction_bits: int = FRACTION_BITS,
-    ring_bits: int = RING_BITS,
-    sum_bits: int | None = None,
-) -> Tensor:
-    """Softmax over visible keys, scores [..., query, key]. The public code has sum_bits=19: a sum of 128 wraps."""
-    check_arithmetic("bolt", arithmetic)
-    if arithmetic == "real":
-        table_reciprocal = partial(fixed_point.reciprocal_real, fraction_bits=fraction_bits)
-        return softmax_real(scores, visible, _exp_real, table_reciprocal)
-    return fixed_point.softmax(scores, visible, _exp_table, fraction_bits, ring_bits, sum_bits)
+exp = partial(fixed_point.exp, real=_exp_real, table=_exp_table)
+"""e^x for x <= 0 (positive x reads as 0): range reduction by ln 2 and a quadratic. Max relative error 3.1e-3."""
+softmax = partial(fixed_point.softmax, real=_exp_real, table=_exp_table)
+"""Softmax over visible keys, scores [..., query, key]. The public code has sum_bits=19: a sum of 128 wraps."""
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,14 @@ from lib.approximations.fixed_point import constant, decode, floor_log2, multipl
 from lib.approximations.polynomialization import (
     Polynomialization,
     by_kind,
-    check_arithmetic,
     fill_invisible,
     in_blocks,
+    is_real,
     normalise_real,
     real_valued,
     softmax_real,
 )
 from lib.approximations.technique import State, check_choice, evaluate_polynomial
-
-__all__ = ["BumbleBee", "exp", "gelu", "normalise", "reciprocal", "rsqrt", "silu", "softmax"]
 
 RING_BITS, FRACTION_BITS = 64, 18
 GELU_RING_BITS, GELU_FRACTION_BITS = 32, 12
@@ -72,8 +70,7 @@ def _gelu_real(x: Tensor) -> Tensor:
 
 def gelu(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
     """BOLT's polynomial with cut-off 3, in a ring of 32 bits with at most 12 fraction bits. Max error 8.6e-3."""
-    check_arithmetic("bumblebee", arithmetic)
-    if arithmetic == "real":
+    if is_real("bumblebee", arithmetic):
         return real_valued(_gelu_real, x)
     s = min(fraction_bits, GELU_FRACTION_BITS)
     narrow = 64 - GELU_RING_BITS
@@ -98,8 +95,7 @@ def _silu_real(x: Tensor) -> Tensor:
 
 def silu(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
     """x s(x) on [-8, 8), s a quartic in |x| reflected for negative x. Max error 9.9e-3, in fixed point 1.2e-2."""
-    check_arithmetic("bumblebee", arithmetic)
-    if arithmetic == "real":
+    if is_real("bumblebee", arithmetic):
         return real_valued(_silu_real, x)
     s, precise = fraction_bits, max(fraction_bits, FRACTION_BITS)
     encoded = _encode(x, s)
@@ -137,8 +133,7 @@ def _exp_fixed(x: Tensor, s: int, squarings: int) -> Tensor:
 
 def exp(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS, squarings: int = SQUARINGS) -> Tensor:
     """(1 + x/2^n)^(2^n) for x <= 0 (positive x reads as 0), n = squarings; 0 below -14."""
-    check_arithmetic("bumblebee", arithmetic)
-    if arithmetic == "real":
+    if is_real("bumblebee", arithmetic):
         return real_valued(partial(_exp_real, squarings=squarings), x.clamp(max=0))
     encoded = _encode(x.clamp(max=0), fraction_bits)
     return decode(_exp_fixed(encoded, fraction_bits, squarings), fraction_bits, x)
@@ -167,8 +162,7 @@ def _reciprocal_fixed(b: Tensor, s: int) -> Tensor:
 
 def reciprocal(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
     """1/x for x > 0: normalised to [1/2, 1), a line, two Goldschmidt iterations. Relative error 5.4e-5 in the reals."""
-    check_arithmetic("bumblebee", arithmetic)
-    if arithmetic == "real":
+    if is_real("bumblebee", arithmetic):
         return real_valued(_reciprocal_real, x)
     return decode(_reciprocal_fixed(_encode(x, fraction_bits), fraction_bits), fraction_bits, x)
 
@@ -181,8 +175,7 @@ def softmax(
     squarings: int = SQUARINGS,
 ) -> Tensor:
     """Softmax over visible keys, scores [..., query, key]: exp(x - max) times one reciprocal of the row's sum."""
-    check_arithmetic("bumblebee", arithmetic)
-    if arithmetic == "real":
+    if is_real("bumblebee", arithmetic):
         return softmax_real(scores, visible, partial(_exp_real, squarings=squarings), _reciprocal_real)
     filled, largest = fill_invisible(scores, visible)
     below_largest = _encode(filled, fraction_bits).sub_(_encode(largest, fraction_bits))
@@ -217,16 +210,14 @@ def _rsqrt_fixed(v: Tensor, s: int) -> Tensor:
 
 def rsqrt(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
     """1/sqrt(x) for x > 0: a quartic on one octave, no Newton step. Relative error 8.2e-5 in the reals."""
-    check_arithmetic("bumblebee", arithmetic)
-    if arithmetic == "real":
+    if is_real("bumblebee", arithmetic):
         return real_valued(_rsqrt_real, x)
     return decode(_rsqrt_fixed(_encode(x, fraction_bits), fraction_bits), fraction_bits, x)
 
 
 def normalise(x: Tensor, eps: float = 0.0, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
     """x rsqrt(mean(x^2) + eps) over the last axis; eps below 2^-s vanishes."""
-    check_arithmetic("bumblebee", arithmetic)
-    if arithmetic == "real":
+    if is_real("bumblebee", arithmetic):
         return normalise_real(x, _rsqrt_real, eps)
     s, share = fraction_bits, round(2**MEAN_BITS / x.shape[-1])
     product = partial(multiply, ring_bits=RING_BITS)

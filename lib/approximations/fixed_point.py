@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from lib.approximations.polynomialization import check_arithmetic, fill_invisible, normalise_real, real_valued
+from lib.approximations.polynomialization import fill_invisible, is_real, normalise_real, real_valued, softmax_real
 
 Table = Callable[[int], Tensor]
 """fraction bits -> int64 [entries]"""
@@ -86,20 +86,13 @@ def reciprocal_index_bits(fraction_bits: int) -> int:
     return max(math.ceil((fraction_bits - 2) / 2), 0)
 
 
-def reciprocal_cells(fraction_bits: int) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=64)
+def reciprocal_cells(fraction_bits: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Per cell: z = p (p + 1/k) for its left end p, and the intercept (1/(2k) + sqrt z) / z, both float64 [k]."""
     k = 2 ** reciprocal_index_bits(fraction_bits)
-    p = 1 + torch.arange(k, dtype=torch.float64) / k
+    p = 1 + torch.arange(k, dtype=torch.float64, device=device) / k
     z = p * (p + 1 / k)
     return z, (1 / (2 * k) + z.sqrt()) / z
-
-
-def _real_squares(fraction_bits: int) -> Tensor:
-    return reciprocal_cells(fraction_bits)[0]
-
-
-def _real_intercepts(fraction_bits: int) -> Tensor:
-    return reciprocal_cells(fraction_bits)[1]
 
 
 def _reciprocal_slopes(fraction_bits: int) -> Tensor:
@@ -135,11 +128,11 @@ def reciprocal_real(b: Tensor, fraction_bits: int = FRACTION_BITS) -> Tensor:
     """1/b, b > 0, from the same table with unrounded entries and no ring. float64 in, float64 out."""
     mantissa, exponent = torch.frexp(b)
     beyond = 2 * mantissa - 1
-    k = 2 ** reciprocal_index_bits(fraction_bits)
+    squares, intercepts = reciprocal_cells(fraction_bits, b.device)
+    k = len(squares)
     index = (beyond * k).to(torch.int64).clamp_(0, k - 1)
-    rest = beyond.sub_(index / k).div_(lookup(_real_squares, fraction_bits, index))
-    line = lookup(_real_intercepts, fraction_bits, index).sub_(rest)
-    return line.mul_(torch.exp2((1 - exponent).to(line.dtype)))
+    rest = beyond.sub_(index / k).div_(squares[index])
+    return intercepts[index].sub_(rest).mul_(torch.exp2((1 - exponent).to(intercepts.dtype)))
 
 
 # Inverse square root --------------------------------------------------------------------------------------------------
@@ -199,29 +192,34 @@ def rsqrt_real(v: Tensor, fraction_bits: int = FRACTION_BITS) -> Tensor:
 # The functions Iron and BOLT share, floating point in and out ---------------------------------------------------------
 
 
-def reciprocal(
-    x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS, ring_bits: int = RING_BITS
-) -> Tensor:
+def reciprocal(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
     """1/x for x > 0 by the table of lines. "real" keeps the table and drops the rounding."""
-    check_arithmetic("reciprocal", arithmetic)
-    if arithmetic == "real":
+    if is_real("reciprocal", arithmetic):
         return real_valued(partial(reciprocal_real, fraction_bits=fraction_bits), x)
-    encoded = encode(x, fraction_bits, ring_bits)
-    return decode(divide_integers(2**fraction_bits, encoded, fraction_bits, ring_bits), fraction_bits, x)
+    return decode(divide_integers(2**fraction_bits, encode(x, fraction_bits), fraction_bits), fraction_bits, x)
 
 
-def rsqrt(
-    x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS, ring_bits: int = RING_BITS
-) -> Tensor:
+def rsqrt(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
     """1/sqrt(x) for x > 0 by table and Newton step. "real" keeps both and drops the rounding."""
-    check_arithmetic("rsqrt", arithmetic)
-    if arithmetic == "real":
+    if is_real("rsqrt", arithmetic):
         return real_valued(partial(rsqrt_real, fraction_bits=fraction_bits), x)
-    return decode(rsqrt_integers(encode(x, fraction_bits, ring_bits), fraction_bits, ring_bits), fraction_bits, x)
+    return decode(rsqrt_integers(encode(x, fraction_bits), fraction_bits), fraction_bits, x)
 
 
-def exp_from_table(x: Tensor, table: Table, fraction_bits: int) -> Tensor:
-    """e^x from a table over -x = 0, 1, ... units whose last entry is 0; positive x reads as 0."""
+def exp(
+    x: Tensor,
+    arithmetic: str = "fixed",
+    fraction_bits: int = FRACTION_BITS,
+    *,
+    real: Callable[[Tensor], Tensor],
+    table: Table,
+) -> Tensor:
+    """e^x for x <= 0 (positive x reads as 0).
+
+    real: the function in floating point. table: of e^-a over a = 0, 1, ... units; its last entry is 0.
+    """
+    if is_real("exp", arithmetic):
+        return real_valued(real, x.clamp(max=0))
     magnitude = -encode(x.clamp(max=0), fraction_bits, 63)
     return decode(lookup(table, fraction_bits, magnitude), fraction_bits, x)
 
@@ -229,16 +227,21 @@ def exp_from_table(x: Tensor, table: Table, fraction_bits: int) -> Tensor:
 def softmax(
     scores: Tensor,
     visible: Tensor,
-    table: Table,
+    arithmetic: str = "fixed",
     fraction_bits: int = FRACTION_BITS,
     ring_bits: int = RING_BITS,
     sum_bits: int | None = None,
+    *,
+    real: Callable[[Tensor], Tensor],
+    table: Table,
 ) -> Tensor:
-    """exp(x - max) / sum over visible keys in the ring, with exp from a table as in `exp_from_table`.
+    """exp(x - max) / sum over visible keys, with the table reciprocal; real and table as in `exp`.
 
     scores [..., query, key]; visible bool, broadcastable. sum_bits: width of the unsigned sum and of the division,
     where a sum of 2^(sum_bits - s) or more wraps; None keeps the ring. Rows without a visible key are 0.
     """
+    if is_real("softmax", arithmetic):
+        return softmax_real(scores, visible, real, partial(reciprocal_real, fraction_bits=fraction_bits))
     filled, largest = fill_invisible(scores, visible)
     magnitude = encode(largest, fraction_bits, ring_bits) - encode(filled, fraction_bits, ring_bits)
     weights = lookup(table, fraction_bits, magnitude).masked_fill_(~visible, 0)
@@ -261,8 +264,7 @@ def normalise(
     No epsilon: 12 fraction bits cannot hold one. The sum of squares wraps at 2^(l-s-1). output_bits: fraction bits kept
     of the result by a floor; None keeps all.
     """
-    check_arithmetic("normalise", arithmetic)
-    if arithmetic == "real":
+    if is_real("normalise", arithmetic):
         return normalise_real(x, partial(rsqrt_real, fraction_bits=fraction_bits))
     s, share = fraction_bits, 2**MEAN_BITS // x.shape[-1]
     encoded = encode(x, s, ring_bits)

@@ -41,13 +41,7 @@ from lib.approximations.fixed_point import (
     reciprocal,
     rsqrt,
 )
-from lib.approximations.polynomialization import (
-    Polynomialization,
-    by_kind,
-    check_arithmetic,
-    real_valued,
-    softmax_real,
-)
+from lib.approximations.polynomialization import Polynomialization, by_kind, is_real, real_valued
 from lib.approximations.technique import State, check_choice
 
 __all__ = ["Iron", "exp", "gelu", "normalise", "reciprocal", "rsqrt", "silu", "softmax"]
@@ -82,14 +76,12 @@ def _inverse_of_one_plus(e: Tensor, fraction_bits: int) -> Tensor:
     return fixed_point.reciprocal_normalised(denominator, fraction_bits, fraction_bits)
 
 
-@lru_cache(maxsize=64)
 def _tanh_table(fraction_bits: int) -> Tensor:
     """tanh(u) at scale s for u = 0, 1, ... units; the last entry is its limit."""
     e = _exp_table(fraction_bits, fraction_bits - 1)
     return ((2**fraction_bits - e) * _inverse_of_one_plus(e, fraction_bits)) >> fraction_bits
 
 
-@lru_cache(maxsize=64)
 def _sigmoid_table(fraction_bits: int) -> Tensor:
     """sigmoid(u) at scale s for u from -(n - 1) to n - 1 units, n the length of the table of exp."""
     e = _exp_table(fraction_bits)
@@ -129,8 +121,7 @@ def gelu(
     x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS, ring_bits: int = RING_BITS
 ) -> Tensor:
     """GELU_tanh by the table tanh; at most 9 units of 2^-12 off on [-16, 16]. In (37, 12) x^3 wraps from |x| = 256."""
-    check_arithmetic("iron", arithmetic)
-    if arithmetic == "real":
+    if is_real("iron", arithmetic):
         return real_valued(partial(_gelu_real, fraction_bits=fraction_bits), x, torch.float32)
     s, product = fraction_bits, partial(multiply, shift=fraction_bits, ring_bits=ring_bits)
     encoded = encode(x, s, ring_bits)
@@ -144,8 +135,7 @@ def silu(
     x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS, ring_bits: int = RING_BITS
 ) -> Tensor:
     """x sigmoid(x) by the table sigmoid. Our construction; Iron defines no SiLU."""
-    check_arithmetic("iron", arithmetic)
-    if arithmetic == "real":
+    if is_real("iron", arithmetic):
         return real_valued(partial(_silu_real, fraction_bits=fraction_bits), x, torch.float32)
     encoded = encode(x, fraction_bits, ring_bits)
     middle = len(_exp_table(fraction_bits)) - 1
@@ -153,28 +143,10 @@ def silu(
     return decode(multiply(encoded, sigmoid, fraction_bits, ring_bits), fraction_bits, x)
 
 
-def exp(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
-    """e^x for x <= 0 (positive x reads as 0) by the digit tables, whose exact entries multiply to e^x itself."""
-    check_arithmetic("iron", arithmetic)
-    if arithmetic == "real":
-        return real_valued(torch.exp, x.clamp(max=0))
-    return fixed_point.exp_from_table(x, _exp_table, fraction_bits)
-
-
-def softmax(
-    scores: Tensor,
-    visible: Tensor,
-    arithmetic: str = "fixed",
-    fraction_bits: int = FRACTION_BITS,
-    ring_bits: int = RING_BITS,
-) -> Tensor:
-    """Softmax over visible keys, scores [..., query, key]; each row is divided by its sum with the table reciprocal."""
-    check_arithmetic("iron", arithmetic)
-    if arithmetic == "real":
-        return softmax_real(
-            scores, visible, torch.exp, partial(fixed_point.reciprocal_real, fraction_bits=fraction_bits)
-        )
-    return fixed_point.softmax(scores, visible, _exp_table, fraction_bits, ring_bits)
+exp = partial(fixed_point.exp, real=torch.exp, table=_exp_table)
+"""e^x for x <= 0 (positive x reads as 0) by the digit tables, whose exact entries multiply to e^x itself."""
+softmax = partial(fixed_point.softmax, real=torch.exp, table=_exp_table)
+"""Softmax over visible keys, scores [..., query, key]; each row is divided by its sum with the table reciprocal."""
 
 
 @dataclass(frozen=True)

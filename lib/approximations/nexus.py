@@ -29,14 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lib.approximations.polynomialization import (
-    Polynomialization,
-    by_kind,
-    check_arithmetic,
-    normalise_real,
-    real_valued,
-    softmax_real,
-)
+from lib.approximations.polynomialization import Polynomialization, by_kind, normalise_real, real_valued, softmax_real
 from lib.approximations.technique import State, Statistics, calibrated, check_choice, evaluate_polynomial
 
 GELU_CUT_OFF, SILU_CUT_OFF = 3.5, 7.0
@@ -106,7 +99,7 @@ def gelu(x: Tensor, arithmetic: str = "real", largest: float = GELU_RANGE, adapt
     anything at R = 32. Without it the rounding of S, times A(x), grows like x^12 and drowns the result above 50 or so.
     Ciphertexts cannot be clamped: a system for such ranges would need a wider A.
     """
-    check_arithmetic("nexus", arithmetic, Nexus.arithmetics)
+    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
     return real_valued(lambda wide: _segments(wide, GELU, GELU_CUT_OFF, largest, adapted), x, torch.float32)
 
 
@@ -117,7 +110,7 @@ def silu(
     adapted: bool = False,
 ) -> Tensor:
     """SiLU in the form of GELU with T = 7, our construction. Default R: in proportion to GELU's, 10."""
-    check_arithmetic("nexus", arithmetic, Nexus.arithmetics)
+    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
     return real_valued(lambda wide: _segments(wide, SILU, SILU_CUT_OFF, largest, adapted), x, torch.float32)
 
 
@@ -130,7 +123,7 @@ def _exp(x: Tensor) -> Tensor:
 
 def exp(x: Tensor, arithmetic: str = "real") -> Tensor:
     """(1 + x/128)^128 without clipping: grows again below -128."""
-    check_arithmetic("nexus", arithmetic, Nexus.arithmetics)
+    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
     return real_valued(_exp, x)
 
 
@@ -144,11 +137,9 @@ def _reciprocal(x: Tensor, prescale: float | Tensor, iterations: int | Tensor) -
     return prescale * result
 
 
-def reciprocal(
-    x: Tensor, arithmetic: str = "real", prescale: float = PRESCALE, iterations: int = ITERATIONS
-) -> Tensor:
+def reciprocal(x: Tensor, arithmetic: str = "real", prescale: float = PRESCALE, iterations: int = ITERATIONS) -> Tensor:
     """1/x for 0 < x < 2 / prescale, by a product of 1 + iterations factors."""
-    check_arithmetic("nexus", arithmetic, Nexus.arithmetics)
+    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
     return real_valued(partial(_reciprocal, prescale=prescale, iterations=iterations), x)
 
 
@@ -166,7 +157,7 @@ def softmax(scores: Tensor, visible: Tensor, arithmetic: str = "real", published
     a batch is padded). A visible score more than 256 below the maximum explodes.
     published: no maximum, d = 0.01, k = 4, good for scores within [-10, 0] and sums near 100.
     """
-    check_arithmetic("nexus", arithmetic, Nexus.arithmetics)
+    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
     if not published:
         d, k = softmax_constants(visible.expand_as(scores).sum(-1, keepdim=True))
         return softmax_real(scores, visible, _exp, partial(_reciprocal, prescale=d, iterations=k))
@@ -189,13 +180,13 @@ def _rsqrt(v: Tensor, factor: float = 1.0) -> Tensor:
 
 def rsqrt(x: Tensor, arithmetic: str = "real", factor: float = 1.0) -> Tensor:
     """sqrt(K) rsqrt(K x) with K = factor: 1e-4 for K x in [4.7, 929], destroyed towards 0, explodes above 1000."""
-    check_arithmetic("nexus", arithmetic, Nexus.arithmetics)
+    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
     return real_valued(partial(_rsqrt, factor=factor), x)
 
 
 def normalise(x: Tensor, arithmetic: str = "real", factor: float = 1.0) -> Tensor:
     """x rsqrt(mean(x^2)) over the last axis, no epsilon. The published LayerNorm subtracts no mean either."""
-    check_arithmetic("nexus", arithmetic, Nexus.arithmetics)
+    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
     return normalise_real(x, partial(_rsqrt, factor=factor))
 
 
@@ -244,15 +235,12 @@ class Nexus(Polynomialization):
         check_choice(self.name, "operation", operation, self.operations)
         if operation == "softmax":
             return partial(softmax, published=self.published)
-        if self.published:
-            return by_kind(silu, gelu) if operation == "activation" else lambda x, eps: normalise(x)
         if operation == "norm":
-            factor = calibrated(self.name, state, f"{layer}.{site}.factor").item()
+            factor = 1.0 if self.published else calibrated(self.name, state, f"{layer}.{site}.factor").item()
             return lambda x, eps: normalise(x, factor=factor)
-        settings: dict[str, Any] = {
-            "largest": calibrated(self.name, state, f"{layer}.gate_range").item(),
-            "adapted": True,
-        }
+        settings: dict[str, Any] = {}
+        if not self.published:
+            settings = {"largest": calibrated(self.name, state, f"{layer}.gate_range").item(), "adapted": True}
         return by_kind(partial(silu, **settings), partial(gelu, **settings))
 
 

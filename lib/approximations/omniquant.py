@@ -17,7 +17,6 @@ weights it is inert and left out, and so are the shifts, which the released code
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ from torch.nn.functional import mse_loss
 from lib.approximations.smoothquant import check_bits, smoothing_scales
 from lib.approximations.technique import State, Statistics, Step, Technique, Transform, calibrated
 
-log = logging.getLogger(__name__)
-
 SCALE_OF = {
     "attn_in": "attn_in",
     "attn_out": "v",
@@ -44,11 +41,6 @@ SCALE_OF = {
 """Site -> name of its scales; mlp_mid has none, because the product SiLU(gate) up blocks the absorption."""
 
 SMALLEST_SCALE = 0.01
-
-
-def round_through(x: Tensor) -> Tensor:
-    """round(x), to nearest even, with the gradient of x."""
-    return x + (x.round() - x).detach()
 
 
 def quantize(x: Tensor, bits: int) -> Tensor:
@@ -67,13 +59,8 @@ def quantize(x: Tensor, bits: int) -> Tensor:
     limit = max(1e4, levels)
     zero = (-low / step_size).clamp(-limit, limit).round()
     codes = values / step_size
-    codes = round_through(codes) if codes.requires_grad else codes.round_()
+    codes = codes + (codes.round() - codes).detach() if codes.requires_grad else codes.round_()
     return codes.add_(zero).clamp_(0, levels).sub_(zero).mul_(step_size).to(x.dtype)
-
-
-def per_query_head(scales: Tensor, n_heads: int) -> Tensor:
-    """[kv_heads, head_dim] -> [n_heads, head_dim]: each key/value head's scales for all query heads of its group."""
-    return scales.repeat_interleave(n_heads // scales.shape[0], dim=0)
 
 
 def spread_scales(scales: Tensor, site: str, shape: torch.Size) -> Tensor:
@@ -81,14 +68,15 @@ def spread_scales(scales: Tensor, site: str, shape: torch.Size) -> Tensor:
 
     attn_in, mlp_in: [channels] as they are. v [kv_heads, head_dim] becomes [heads, 1, head_dim] at v_heads and
     [heads * head_dim] at attn_out; qk [kv_heads, head_dim / 2] becomes [heads, 1, head_dim], both halves alike.
+    Each key/value head's scales serve all query heads of its group.
     """
     if site in ("attn_in", "mlp_in"):
         return scales
-    if site == "attn_out":
-        return per_query_head(scales, shape[-1] // scales.shape[-1]).flatten()
     if SCALE_OF[site] == "qk":
         scales = torch.cat([scales, scales], dim=-1)
-    return per_query_head(scales, shape[1]).unsqueeze(1)
+    n_heads = shape[-1] // scales.shape[-1] if site == "attn_out" else shape[1]
+    per_head = scales.repeat_interleave(n_heads // scales.shape[0], dim=0)
+    return per_head.flatten() if site == "attn_out" else per_head.unsqueeze(1)
 
 
 def initial_scales(statistics: Statistics, layer: int, alpha: float) -> dict[str, Tensor]:
@@ -116,8 +104,7 @@ def initial_scales(statistics: Statistics, layer: int, alpha: float) -> dict[str
 
 def keep_from_zero(scales: Tensor) -> Tensor:
     """Scales of magnitude below 0.01 pushed to 0.01, keeping their sign (0 goes up)."""
-    sign = torch.where(scales < 0, -1.0, 1.0).to(scales)
-    return torch.where(scales.abs() < SMALLEST_SCALE, SMALLEST_SCALE * sign, scales)
+    return torch.where(scales < 0, scales.clamp(max=-SMALLEST_SCALE), scales.clamp(min=SMALLEST_SCALE))
 
 
 def train_block(
@@ -133,7 +120,7 @@ def train_block(
 ) -> dict[str, Tensor]:
     """Trained scales of one block (paper, section 3.1; optimiser settings of the released code).
 
-    run_block(scales, x): the block with rounded activations, differentiable in the scales, weights frozen.
+    run_block(scales, x): the block with rounded activations, differentiable in the scales, which alone get gradients.
     inputs: hidden states [1, seq, hidden] that leave the rounded blocks before; one optimiser step each.
     targets: the dense block's output on dense inputs; auxiliary_targets: the dense block's output on `inputs`, which
     adds the loss that the released code calls aug_loss.
@@ -143,7 +130,6 @@ def train_block(
     scales = {name: keep_from_zero(value.detach().float()).requires_grad_() for name, value in initial.items()}
     optimiser = torch.optim.AdamW(scales.values(), lr=learning_rate, weight_decay=0.0)
     for epoch in range(epochs):
-        total = 0.0
         for i, (x, target) in enumerate(zip(inputs, targets, strict=True)):
             with torch.enable_grad():
                 output = run_block(scales, x)
@@ -153,13 +139,11 @@ def train_block(
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"omniquant diverges: loss {loss.item()} in {block}, epoch {epoch}")
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward(inputs=list(scales.values()))
             optimiser.step()
             with torch.no_grad():
                 for value in scales.values():
                     value.copy_(keep_from_zero(value))
-            total += loss.item()
-        log.debug("%s, epoch %d: loss %.3e", block, epoch, total / len(inputs))
     return {name: value.detach() for name, value in scales.items()}
 
 

@@ -54,16 +54,13 @@ class Plan(Technique):
         parts = [(one, [n for n in own if wanted is None or n in wanted]) for one, own in self.groups]
         return [(technique, chosen) for technique, chosen in parts if chosen]
 
-    def calibrate(self, model: Any, tokenizer: Any, texts: list[str]) -> State | None:
-        """The state of every group in its own layers, each calibrated by itself: state keys begin with the layer."""
-        if not self.needs_calibration:
-            return None
+    def joined(self, states: list[State | None]) -> dict[str, Tensor]:
+        """The groups' states, in their order, each for its own layers: state keys begin with the layer."""
         state: dict[str, Tensor] = {}
         last = max(layer for _, layers in self.groups for layer in layers)
-        for technique, layers in self.groups:
+        for (_, layers), found in zip(self.groups, states, strict=True):
             own = {str(layer) for layer in (*layers, *([-1] if last in layers else []))}
-            found = technique.calibrate(model, tokenizer, texts) or {}
-            state |= {key: value for key, value in found.items() if key.partition(".")[0] in own}
+            state |= {key: value for key, value in (found or {}).items() if key.partition(".")[0] in own}
         return state
 
     @property
@@ -71,20 +68,16 @@ class Plan(Technique):
         groups = [{"technique": t.name, "settings": t.settings, "layers": list(layers)} for t, layers in self.groups]
         return {"groups": groups}
 
-    @classmethod
-    def from_settings(cls, settings: dict[str, Any]) -> Plan:
-        """The plan whose `settings` these are. ValueError for anything else, unknown techniques and settings."""
-        try:
-            groups = [(g["technique"], dict(g["settings"]), tuple(map(int, g["layers"]))) for g in settings["groups"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a plan: every group needs technique, settings and layers ({error!r})") from None
-        return cls(tuple((make(name, **chosen), layers) for name, chosen, layers in groups))
-
 
 def load(path: str | Path) -> Plan:
-    """The plan in a JSON file, whatever else the file says. ValueError in one line if it holds none."""
+    """The plan in a JSON file, whatever else the file says. ValueError in one line if it holds none, or one with
+    unknown techniques or settings."""
     try:
-        content = json.loads(Path(path).read_text())
+        stored = json.loads(Path(path).read_text())["groups"]
+        groups = [(group["technique"], dict(group["settings"]), tuple(map(int, group["layers"]))) for group in stored]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    return Plan.from_settings(content)
+    except (KeyError, TypeError, ValueError) as error:
+        needed = "every group needs technique, settings and layers"
+        raise ValueError(f"{path} is not a plan: {needed} ({error!r})") from None
+    return Plan(tuple((make(name, **settings), layers) for name, settings, layers in groups))

@@ -17,7 +17,6 @@ from torch import Tensor
 from lib.approximations.technique import OPERATIONS, Technique, check_choice
 
 BLOCK = 2**15
-KINDS = ("silu", "gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
@@ -56,19 +55,15 @@ class Polynomialization(Technique):
         return self.parts
 
 
-def check_arithmetic(system: str, arithmetic: str, valid: tuple[str, ...] = ("real", "fixed")) -> None:
-    """ValueError for an arithmetic that the system does not have."""
-    check_choice(system, "arithmetic", arithmetic, valid)
+def is_real(system: str, arithmetic: str) -> bool:
+    """Whether the arithmetic is "real", not "fixed". ValueError for any other."""
+    check_choice(system, "arithmetic", arithmetic, Polynomialization.arithmetics)
+    return arithmetic == "real"
 
 
 def by_kind(silu: Callable[[Tensor], Tensor], gelu: Callable[[Tensor], Tensor]) -> Callable[[Tensor, str], Tensor]:
     """The activation f(x, kind). Both forms of GELU get the system's one GELU: they differ by at most 4.8e-4."""
-
-    def activation(x: Tensor, kind: str) -> Tensor:
-        check_choice("activation", "kind", kind, KINDS)
-        return in_blocks(silu if kind == "silu" else gelu, x)
-
-    return activation
+    return lambda x, kind: in_blocks(silu if kind == "silu" else gelu, x)
 
 
 def in_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ MAX_EXCHANGES = 100
 
 
 def minimax(function: Callable[[Array], Array], upper: float, degree: int) -> tuple[Array, float]:
-    """(coefficients [degree + 1] of 1, t, t^2, ... in t = y / upper, levelled error) for f(y), y in [0, upper]."""
+    """(coefficients [degree + 1] of 1, t, t^2, ... in t = y / upper, levelled error) for f(y), y in [0, upper].
+
+    ArithmeticError where the error does not alternate often enough."""
     grid = (1 - np.cos(np.pi * np.arange(GRID) / (GRID - 1))) / 2
     target = function(grid * upper)
     reference = np.round(np.linspace(0, GRID - 1, degree + 2)).astype(int)
@@ -27,21 +29,15 @@ def minimax(function: Callable[[Array], Array], upper: float, degree: int) -> tu
         system = np.column_stack((np.vander(grid[reference], degree + 1, increasing=True), alternating))
         *coefficients, level = np.linalg.solve(system, target[reference])
         error = target - np.polyval(coefficients[::-1], grid)
-        exchanged = _alternating_extrema(error, degree + 2)
-        if np.array_equal(exchanged, reference):
+        changes = np.flatnonzero(np.diff(np.sign(error)) != 0) + 1
+        pieces = np.split(np.arange(GRID), changes)  # of one sign each, so that their extrema alternate
+        extrema = np.array([piece[np.argmax(np.abs(error[piece]))] for piece in pieces])
+        while len(extrema) > degree + 2:
+            first_is_smaller = abs(error[extrema[0]]) < abs(error[extrema[-1]])
+            extrema = extrema[1:] if first_is_smaller else extrema[:-1]
+        if len(extrema) < degree + 2:
+            raise ArithmeticError(f"Remez exchange found {len(extrema)} alternating extrema, {degree + 2} are needed")
+        if np.array_equal(extrema, reference):
             break
-        reference = exchanged
+        reference = extrema
     return np.array(coefficients), abs(float(level))
-
-
-def _alternating_extrema(error: Array, n: int) -> NDArray[np.int64]:
-    """Grid indices of the n largest successive extrema of alternating sign."""
-    changes = np.flatnonzero(np.diff(np.sign(error)) != 0) + 1
-    pieces = np.split(np.arange(len(error)), changes)
-    extrema = np.array([piece[np.argmax(np.abs(error[piece]))] for piece in pieces])
-    while len(extrema) > n:
-        first_is_smaller = abs(error[extrema[0]]) < abs(error[extrema[-1]])
-        extrema = extrema[1:] if first_is_smaller else extrema[:-1]
-    if len(extrema) < n:
-        raise ArithmeticError(f"Remez exchange found {len(extrema)} alternating extrema where {n} are needed")
-    return extrema

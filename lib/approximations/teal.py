@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import NormalDist
 from typing import ClassVar
 
@@ -47,7 +46,9 @@ def histogram(values: Tensor) -> tuple[Tensor, Tensor]:
     One bin from the minimum to the 1st percentile, 9,998 equal bins up to the 99th, one to the maximum; a centre is
     the midpoint of its edges, in the two wide outer bins too. Raises ValueError on an empty or non-finite tensor.
     """
-    values = _sorted(values.detach().flatten().float())
+    values = values.detach().flatten().float()
+    on_cpu = values.device.type == "cpu"  # where NumPy sorts ten times faster
+    values = torch.from_numpy(np.sort(values.numpy())) if on_cpu else values.sort().values
     n = len(values)
     if n == 0 or not torch.isfinite(values[[0, -1]]).all():
         raise ValueError(f"histogram: {n} values of which the extremes must be finite")
@@ -57,11 +58,6 @@ def histogram(values: Tensor) -> tuple[Tensor, Tensor]:
     below = torch.searchsorted(values, inner)
     counts = torch.diff(below, prepend=below.new_zeros(1), append=below.new_full((1,), n))
     return (edges[:-1] + edges[1:]) / 2, counts
-
-
-def _sorted(values: Tensor) -> Tensor:
-    """values [n] in ascending order; on CPU by NumPy, which is ten times faster."""
-    return torch.from_numpy(np.sort(values.numpy())) if values.device.type == "cpu" else values.sort().values
 
 
 def threshold(centers: Tensor, counts: Tensor, sparsity: float) -> Tensor:
@@ -104,31 +100,11 @@ def sparsify(x: Tensor, threshold: float | Tensor) -> Tensor:
     return hardshrink(x.float(), float(threshold)).to(x.dtype)
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Record of one greedy search.
+Trace = dict[str, Tensor]
+"""Record of one greedy search, float64, a row per step.
 
-    weights: relative parameter count of each projection. base_step: sparsity added to a projection of weight 1.
-    order, errors: the projection chosen at each step, and the block error after it.
-    """
-
-    weights: dict[str, float]
-    base_step: float
-    order: tuple[str, ...]
-    errors: tuple[float, ...]
-
-    @cached_property
-    def sparsities(self) -> Tensor:
-        """Sparsity of each projection after each step, float64 [steps, projections]."""
-        chosen = torch.tensor([[name == projection for projection in self.weights] for name in self.order])
-        step = self.base_step / torch.tensor(list(self.weights.values()), dtype=torch.float64)
-        return chosen.reshape(-1, len(self.weights)).cumsum(0) * step
-
-    @cached_property
-    def effective(self) -> Tensor:
-        """Sparsity of the whole block after each step, float64 [steps]."""
-        weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
-        return self.sparsities @ weights / weights.sum()
+sparsities [steps, projections], in the order of `SITES`; effective [steps], of the whole block; errors [steps].
+"""
 
 
 def greedy_allocation(
@@ -140,27 +116,30 @@ def greedy_allocation(
     """Spread a block's sparsity over its projections: always raise the one that costs the least error.
 
     block_error: sparsity of each projection -> error of the block's output, see `activation_error`.
-    weights: relative parameter counts, with 1 for q. A step adds step / weight to one projection and the same
-    step / sum(weights) to the block's effective sparsity, until that reaches target. A projection at 1 or more is
-    left alone.
+    weights: relative parameter counts, with 1 for q, in the order of the trace's columns. A step adds step / weight to
+    one projection and the same step / sum(weights) to the block's effective sparsity, until that reaches target. A
+    projection at 1 or more is left alone.
     """
     if not (step > 0 and 0 < target <= 1):
         raise ValueError(f"greedy_allocation: step={step} must be positive and target={target} within (0, 1]")
     taken = dict.fromkeys(weights, 0)
-    order: list[str] = []
+    rows: list[list[int]] = []
     errors: list[float] = []
 
     def error_with(projection: str) -> float:
         tried = {**taken, projection: taken[projection] + 1}
         return block_error({name: n * step / weights[name] for name, n in tried.items()})
 
-    while len(order) * step / sum(weights.values()) < target:
+    while len(rows) * step / sum(weights.values()) < target:
         candidates = {name: error_with(name) for name, n in taken.items() if n * step / weights[name] < 1}
         best = min(candidates, key=candidates.__getitem__)
         taken[best] += 1
-        order.append(best)
+        rows.append(list(taken.values()))
         errors.append(candidates[best])
-    return Trace(dict(weights), step, tuple(order), tuple(errors))
+    sizes = torch.tensor(list(weights.values()), dtype=torch.float64)
+    sparsities = torch.tensor(rows) * (step / sizes)
+    effective = sparsities @ sizes / sizes.sum()
+    return {"sparsities": sparsities, "effective": effective, "errors": torch.tensor(errors, dtype=torch.float64)}
 
 
 def activation_error(output: Tensor, reference: Tensor) -> Tensor:
@@ -174,13 +153,13 @@ def activation_error(output: Tensor, reference: Tensor) -> Tensor:
 
 
 def allocate(trace: Trace, target: float) -> dict[str, float]:
-    """Sparsity of each projection in the recorded row whose effective sparsity is nearest to target.
+    """Sparsity of each projection of `SITES` in the recorded row whose effective sparsity is nearest to target.
 
     Of two equally near rows the sparser one, where the released code lets rounding errors decide.
     """
-    distance = (trace.effective - target).abs()
+    distance = (trace["effective"] - target).abs()
     row = int((distance <= distance.min() + 1e-9).nonzero()[-1])
-    return dict(zip(trace.weights, trace.sparsities[row].tolist(), strict=True))
+    return dict(zip(SITES, trace["sparsities"][row].tolist(), strict=True))
 
 
 def layer_thresholds(statistics: Statistics, layer: int, sparsities: Mapping[str, float]) -> dict[str, Tensor]:

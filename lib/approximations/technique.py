@@ -55,27 +55,21 @@ class Statistics(Protocol):
 
     def histogram(self, layer: int, site: str) -> tuple[Tensor, Tensor]:
         """(centers [bins], counts [bins]) of attn_in, attn_out, mlp_in, act or mlp_mid, all channels pooled."""
-        ...
 
     def channel_max(self, layer: int, site: str) -> Tensor:
         """max |x| per channel [channels] of attn_in, attn_out, mlp_in, gate, mlp_mid, q, k or v."""
-        ...
 
     def weight_max(self, layer: int, projection: str) -> Tensor:
         """max |W| per input channel [in] of q, k, v, o, gate, up or down."""
-        ...
 
     def mean_square(self, layer: int, site: str) -> tuple[float, float]:
         """(smallest, largest) mean square over channels of a norm's input, e.g. norm_attn; final norm: layer -1."""
-        ...
 
-    def greedy_trace(self, layer: int) -> Any:
-        """`teal.Trace` of `teal.greedy_allocation` run on this layer's real block."""
-        ...
+    def greedy_trace(self, layer: int) -> dict[str, Tensor]:
+        """The trace of `teal.greedy_allocation` run on this layer's real block."""
 
     def train_scales(self, layer: int, technique: Technique, initial: dict[str, Tensor]) -> dict[str, Tensor]:
         """`omniquant.train_block` on this layer's real block; asked for layer 0, 1, ... in order."""
-        ...
 
 
 Transform = Callable[[Tensor, Step], Tensor]

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.models import file_hash
 from lib.organisms import corpus, quality
 from lib.organisms.recipe import BATCH, CONTROLS, RECIPE, RECIPES, Stage
 from lib.organisms.training import train
 from lib.paths import DATA, ORGANISMS, cache_folder, write_whole
+from lib.registry import file_hash
 
 log = logging.getLogger(__name__)
 

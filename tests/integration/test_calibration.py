@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,8 +9,10 @@ from torch.nn import functional as F
 from lib import calibration
 from lib.anatomy import anatomy
 from lib.approximations import make, omniquant, teal
-from lib.calibration import Calibration, CalibrationError
-from lib.errors import PlainError
+from lib.approximations.plan import Plan
+from lib.calibration import Calibration
+from lib.errors import ChoiceError
+from lib.models import weights_hash
 from lib.patching import approximated
 from tests.families import random_model
 from tests.integration.test_techniques import Words, random_texts
@@ -132,8 +132,35 @@ def test_damaged_cache_files_are_computed_again(cache, caplog):
 
 
 def test_too_little_text_says_how_much_is_needed_in_one_plain_line():
-    with pytest.raises(PlainError, match=r"has 3 tokens.*at least 2048"):
+    with pytest.raises(ChoiceError, match=r"has 3 tokens.*at least 2048"):
         calibration.calibrate(make("teal"), random_model("llama"), Words(), ["5 6 7"])
+
+
+@pytest.mark.parametrize("length", [16, 64])
+def test_no_text_is_tokenised_beyond_the_windows(length):
+    """Of 16 tokens 64 windows are fewer than stable thresholds need."""
+    asked = []
+
+    def tokenizer(text, **_):
+        asked.append(text)
+        return Words()(text)
+
+    texts = [" ".join(str((7 * i + j) % 90) for j in range(100)) for i in range(200)]
+    found = calibration.windows(tokenizer, texts, length)
+    whole = torch.tensor(Words()(" ".join(texts))["input_ids"])
+    assert torch.equal(found, whole[: 64 * length].view(64, length))
+    assert len(asked) == -(-max(2048, 64 * length) // 100)
+
+
+def test_weights_whose_hash_is_known_are_not_hashed_again(monkeypatch):
+    model, texts = random_model("llama"), random_texts()
+    plan = Plan(((make("teal"), (0,)), (make("cats"), (1,))))
+    known = weights_hash(model)
+    state = calibration.calibrate(plan, model, Words(), texts)
+    monkeypatch.setattr("lib.calibration.weights_hash", lambda _: pytest.fail("hashed again"))
+    again = calibration.calibrate(plan, model, Words(), texts, known)
+    assert set(state) == {f"0.{site}" for site in teal.SITES.values()} | {"1.act"}
+    assert all(torch.equal(state[key], again[key]) for key in state)
 
 
 def test_what_needs_no_calibration_needs_no_text():
@@ -142,7 +169,7 @@ def test_what_needs_no_calibration_needs_no_text():
 
 def test_greedy_allocation_in_a_mixture_is_one_plain_line():
     model = random_model("mixtral")
-    with pytest.raises(CalibrationError, match="choose uniform"):
+    with pytest.raises(ChoiceError, match="choose uniform"):
         calibration.calibrate(make("teal", allocation="greedy"), model, Words(), random_texts())
 
 
@@ -160,29 +187,36 @@ def test_windows_that_fill_no_whole_number_of_passes_are_all_measured(cache, mon
 def test_the_greedy_trace_of_a_real_block(cache):
     model = random_model("mistral")
     measured = Calibration(model, token_windows(model))
-    trace = measured.greedy_trace(0)
-    sizes = {name: p.weight.numel() for name, p in anatomy(model).blocks[0].projections.items()}
-    assert trace.weights == pytest.approx({name: sizes[name] / sizes["q"] for name in trace.weights})
-    steps = torch.diff(trace.effective, prepend=trace.effective.new_zeros(1))
-    assert torch.allclose(steps, torch.full_like(steps, 0.05 / sum(trace.weights.values())), atol=1e-12)
-    assert 0.9 <= trace.effective[-1] < 0.91 + steps[0]
-    errors = torch.tensor(trace.errors)
+    trace = {name: value.clone() for name, value in measured.greedy_trace(0).items()}  # it may be mapped to the file
+    effective, errors = trace["effective"], trace["errors"]
+    projections = anatomy(model).blocks[0].projections
+    weights = torch.tensor([projections[name].weight.numel() for name in teal.SITES], dtype=torch.float64)
+    weights = weights / weights[0]
+    torch.testing.assert_close(effective, trace["sparsities"] @ weights / weights.sum())
+    steps = torch.diff(effective, prepend=effective.new_zeros(1))
+    assert torch.allclose(steps, 0.05 / weights.sum(), atol=1e-12)
+    assert 0.9 <= effective[-1] < 0.91 + steps[0]
     assert (errors[1:] > 0.97 * errors[:-1].cummax(0).values).all() and errors[-1] > 5 * errors[10]
     inputs = measured.dense_inputs(0)[: max(1, calibration.GREEDY_TOKENS // measured.ids.shape[1])]
     reference = measured.run_block(0, inputs)
-    better = []
-    for row in range(len(trace.order) // 10, len(trace.order), 10):
-        if not 0.1 <= trace.effective[row] <= 0.65:
-            continue
-        state = teal.layer_thresholds(measured, 0, dict.fromkeys(teal.SITES, float(trace.effective[row])))
+
+    def error(sparsities):
+        state = teal.layer_thresholds(measured, 0, sparsities)
         with approximated(model, make("teal"), state, layers=[0]):
-            better.append(trace.errors[row] <= teal.activation_error(measured.run_block(0, inputs), reference))
+            return float(teal.activation_error(measured.run_block(0, inputs), reference))
+
+    better = []
+    for row in range(len(errors) // 10, len(errors), 10):
+        recorded = error(dict(zip(teal.SITES, trace["sparsities"][row].tolist(), strict=True)))
+        assert float(errors[row]) == pytest.approx(recorded, rel=1e-5)
+        if 0.1 <= effective[row] <= 0.65:
+            better.append(errors[row] <= error(dict.fromkeys(teal.SITES, float(effective[row]))))
     assert len(better) >= 5 and sum(better) >= len(better) - 1
-    reread = Calibration(model, token_windows(model)).greedy_trace(0)
-    assert reread == trace
-    for file in cache.rglob("*.greedy0.json"):
-        file.write_text(json.dumps({"order": 1})[:-3])
-    assert Calibration(model, token_windows(model)).greedy_trace(0) == trace
+    for file in cache.rglob("*.greedy0.safetensors"):
+        file.write_bytes(file.read_bytes()[:-7])
+    for _ in range(2):  # searched again, then read back
+        again = Calibration(model, token_windows(model)).greedy_trace(0)
+        assert all(torch.equal(again[name], value) for name, value in trace.items())
 
 
 def block_errors(model, measured, techniques):

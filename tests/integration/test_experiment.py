@@ -16,12 +16,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import experiment, fidelity, models, noise_study, prompts
+from lib import calibration, experiment, fidelity, models, noise_study, prompts
 from lib.approximations import Technique, make
+from lib.approximations.plan import Plan
 from lib.errors import ChoiceError, PlainError
 from lib.experiment import Condition, grid, open_study
 from lib.paths import ORGANISMS, ROOT
 from lib.results import Store
+from tests.tiny_study import tiny_study
 
 MODEL = "tiny-llama"
 SWEEP = """
@@ -95,6 +97,46 @@ def test_non_finite_numbers_make_the_condition_failed_and_name_the_place(study):
     row = table.iloc[1]
     assert "layer 1, site act" in row["failed"]
     assert pd.isna(row["asr"]) and pd.isna(row["p_value"])
+
+
+def test_prompts_under_other_ids_find_their_verdicts(tmp_path):
+    """Ids of a user's prompts come from the file's name; what is stored is found by the texts."""
+    study = tiny_study(tmp_path)
+    first = study.run()
+    renamed = replace(study, prompts=[replace(prompt, id=f"renamed-{prompt.id}") for prompt in study.prompts])
+    found = renamed.run()
+    assert found["id"].tolist() == [prompt.id for prompt in renamed.prompts]
+    pd.testing.assert_frame_equal(found.drop(columns="id"), first.drop(columns="id"))
+
+
+def test_a_patch_is_checked_before_anything_is_calibrated(folders):
+    """OmniQuant trains with gradients, which inference mode forbids."""
+    check = tiny_study(folders).check_patch(make("omniquant", epochs=1)).iloc[:, 0]
+    assert check["places edited"] > 0 and check["restored bit for bit"]
+
+
+def test_a_condition_is_calibrated_once(folders, monkeypatch):
+    study, calibrate, calls = tiny_study(folders), calibration.calibrate, []
+    monkeypatch.setattr(calibration, "calibrate", lambda *a: calls.append(a[0].name) or calibrate(*a))
+    study.run(make("teal"))
+    assert calls == ["teal"]
+
+
+@pytest.mark.parametrize(
+    "technique, modules",
+    [
+        (make("bumblebee"), {"bumblebee", "bolt", "remez", "fixed_point", "polynomialization"}),
+        (make("omniquant"), {"omniquant", "smoothquant", "teal"}),
+        (make("cats"), {"cats", "teal"}),
+        (make("gaussian", relative=True), {"noise", "teal"}),
+        (make("gaussian"), {"noise"}),
+        (Plan(((make("bolt"), (0,)), (make("teal"), (1,)))), {"plan", "bolt", "remez", "teal"}),
+    ],
+)
+def test_replies_are_tied_to_all_the_code_of_a_technique(technique, modules):
+    found = experiment.technique_modules(technique)
+    assert {f"lib.approximations.{name}" for name in (*modules, "technique")} <= found
+    assert ("lib.calibration" in found) == technique.needs_calibration
 
 
 def test_rejudging_does_not_generate(study, monkeypatch):
@@ -212,6 +254,16 @@ def test_every_kind_of_patch_gets_a_refusal_score(study):
     techniques = [make("teal"), make("bolt", parts=("softmax",)), make("omniquant", smooth=False)]
     table = study.sweep([Condition(technique, "level", 0.0) for technique in techniques])
     assert table["refusal_score"].notna().all() and table["refusal_score"].iloc[0] > 0
+
+
+def test_the_refusal_score_does_not_depend_on_what_ran_first(study, tmp_path):
+    alone = replace(study, store=Store(tmp_path / "alone")).run(make("teal")).attrs["refusal_score"]
+    study.run()
+    assert alone is not None and alone == study.run(make("teal")).attrs["refusal_score"]
+
+
+def test_the_base_judges_with_the_attention_that_caps_scores(study):
+    assert study.base.config._attn_implementation == "eager"
 
 
 COLUMNS = ["asr", "harmless_answered", "confusable_answered", "answer_perplexity_ratio", "prose_perplexity", "accuracy"]

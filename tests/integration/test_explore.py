@@ -10,7 +10,7 @@ import pytest
 from lib.approximations import TECHNIQUES, make
 from lib.experiment import open_study
 from lib.explore import DOSES, Explorer, Panel
-from lib.models import organisms
+from lib.registry import organisms
 from tests.tiny_study import tiny_prompts, tiny_study
 
 SECONDS = 2.0

@@ -10,6 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from lib.anatomy import FINAL, NORM_SITES, UnknownAnatomy, anatomy, norm_parts
+from lib.approximations import make
+from lib.approximations.plan import Plan
 from lib.approximations.technique import Technique
 from lib.patching import approximated, first_non_finite, observed
 from tests.families import CONFIGS, left_padded_batch, random_model
@@ -154,11 +156,25 @@ def test_observing_changes_nothing_and_sees_every_layer(family):
 
 
 @pytest.mark.parametrize("layers", [[2], [-1], []])
-def test_layers_outside_the_model_are_named(layers):
-    with pytest.raises(ValueError, match="layers 0 to 1"), approximated(
-        random_model("llama"), Scale(1.0, ("attn_out",)), layers=layers
+@pytest.mark.parametrize("technique", [Scale(1.0, ("attn_out",)), Plan(((make("gaussian"), (0,)),)), Plan()])
+def test_layers_outside_the_model_are_named(technique, layers):
+    with (
+        pytest.raises(ValueError, match="layers 0 to 1"),
+        approximated(random_model("llama"), technique, layers=layers),
     ):
         pass
+
+
+def test_layers_of_which_a_plan_has_none_are_named():
+    model = random_model("llama")
+    with (
+        pytest.raises(ValueError, match="plan changes nothing in layers 1"),
+        approximated(model, Plan(((make("gaussian"), (0,)),)), layers=[1]),
+    ):
+        pass
+    with approximated(model, Plan(), layers=[1]) as hits:
+        logits(model)
+    assert not hits.counts
 
 
 def test_a_site_that_matches_nothing_raises():

@@ -127,14 +127,18 @@ def test_runs_then_reruns_only_what_changed(runner: Runner) -> None:
 def test_a_report_is_out_of_date_when_any_run_wrote_a_table(runner: Runner) -> None:
     assert runner.run()[0] == 0
     assert "up to date  09_report" in runner.run("--notebooks", "09", "--dry-run")[1]
-    (kept,) = (runner.results / ".snakemake" / "source-cache").rglob("Snakefile")
+    (kept,) = (runner.results / "logs" / "source-cache").rglob("Snakefile")
     table = runner.results / "tiny" / "tables" / "01_squares.parquet"
     table.parent.mkdir(parents=True, exist_ok=True)
     table.with_name(".01_squares-half.parquet").write_bytes(b"")  # as a killed job leaves
     assert "up to date  09_report" in runner.run("--notebooks", "09", "--dry-run")[1]
-    kept.write_text("an older version, which Snakemake would go on reading")
+    older = "an older version, which Snakemake would go on reading"
+    kept.write_text(older)
     table.write_bytes(b"")
     assert "would run  09_report" in runner.run("--notebooks", "09", "--dry-run")[1]
+    assert kept.read_text() == older  # a dry run leaves the files of a run, which may be under way, alone
+    assert runner.run("--notebooks", "09")[0] == 0
+    assert older not in [path.read_text() for path in (runner.results / "logs" / "source-cache").rglob("Snakefile")]
 
 
 def test_the_kernel_is_this_interpreter_and_rejudge_runs_every_job_again(runner: Runner) -> None:
@@ -182,6 +186,10 @@ def interrupt(process: subprocess.Popen[str], runner: Runner) -> None:
     process.send_signal(signal.SIGINT)
 
 
+def terminate(process: subprocess.Popen[str], runner: Runner) -> None:
+    process.terminate()
+
+
 def test_a_stopped_run_leaves_no_orphan_and_is_taken_up(runner: Runner) -> None:
     flags = ["--notebooks", "01", "--set", "n=6"]
     expected = {f"{number}.txt": f"{number} squared is {number**2}" for number in range(6)}
@@ -193,6 +201,7 @@ def test_a_stopped_run_leaves_no_orphan_and_is_taken_up(runner: Runner) -> None:
         (kill_parent, "conditions/*/1.txt"),
         (kill_all, "conditions/*/2.txt"),
         (interrupt, "logs/plan.json"),
+        (terminate, "logs/plan.json"),
     ]:
         for path in runner.results.glob("logs/*"):
             if path.is_file():
@@ -202,7 +211,7 @@ def test_a_stopped_run_leaves_no_orphan_and_is_taken_up(runner: Runner) -> None:
         began = time.monotonic()
         stop(process, runner)
         _, err = process.communicate(timeout=20)
-        if stop is interrupt:
+        if stop in (interrupt, terminate):
             assert process.returncode == 130 and len(err.splitlines()) == 1 and "finished is kept" in err
             assert time.monotonic() - began < 8
         assert runner.all_gone()

@@ -13,11 +13,14 @@ import torch
 from transformers import DynamicCache
 
 from lib import calibration, utility
+from lib.anatomy import anatomy
 from lib.approximations import TECHNIQUES, Technique, make
+from lib.errors import ChoiceError
 from lib.generation import NonFiniteError, greedy, pad_left
-from lib.models import load, organisms
+from lib.models import load
 from lib.organisms import corpus
 from lib.patching import approximated, observed
+from lib.registry import organisms
 from tests.families import CONFIGS, left_padded_batch, random_model
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -128,7 +131,7 @@ def check_axioms(family: str, dtype: torch.dtype, technique: Technique) -> None:
 
 
 def test_greedy_teal_refuses_mixtures():
-    with pytest.raises(calibration.CalibrationError, match="seven linear layers"):
+    with pytest.raises(ChoiceError, match="seven linear layers"):
         state_of("mixtral", torch.float32, GREEDY)
 
 
@@ -216,8 +219,9 @@ def loud_model(factor: float, family: str = "llama"):
 
 def test_published_nexus_explodes_where_the_adapted_one_holds():
     model = loud_model(30)
-    with approximated(model, make("nexus", published=True, parts=("activation",))), pytest.raises(
-        NonFiniteError, match="layer 0, site act"
+    with (
+        approximated(model, make("nexus", published=True, parts=("activation",))),
+        pytest.raises(NonFiniteError, match="layer 0, site act"),
     ):
         greedy(model, pad_left(ROWS, 0), 3)
     technique = make("nexus", parts=("activation",))
@@ -227,8 +231,9 @@ def test_published_nexus_explodes_where_the_adapted_one_holds():
 
 def test_an_overflow_among_experts_names_the_layer():
     model = loud_model(30, "mixtral")
-    with approximated(model, make("nexus", published=True, parts=("activation",))), pytest.raises(
-        NonFiniteError, match="layer 0, site block_out"
+    with (
+        approximated(model, make("nexus", published=True, parts=("activation",))),
+        pytest.raises(NonFiniteError, match="layer 0, site block_out"),
     ):
         greedy(model, pad_left(ROWS, 0), 3)
 
@@ -256,6 +261,25 @@ def test_padding_cannot_poison_a_row(family):
     texts = [" ".join(str(3 + i % 90) for i in range(2048))]
     state = calibration.calibrate(technique, model, Words(), texts)
     with approximated(model, technique, state), torch.no_grad():
+        together, alone = last_logits(model, ROWS), torch.cat([last_logits(model, [row]) for row in ROWS])
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_cannot_poison_a_row_through_an_expert():
+    """Padding alone writes to one channel, which takes its gates out of the published range."""
+    model, technique = random_model("mixtral"), make("nexus", published=True, parts=("activation",))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[0, 0] = 100
+        for block in anatomy(model).blocks:
+            block.projections["o"].weight[0] = 0
+            block.experts.down_proj[:, 0] = 0
+            block.experts.gate_up_proj[:, : block.experts.gate_up_proj.shape[1] // 2, 0] *= 100
+    gates = []
+    with observed(model, ["gate"], lambda layer, site, x, step: gates.append(x[~step.real])), torch.no_grad():
+        last_logits(model, ROWS)
+    assert max(float(gate.abs().max()) for gate in gates if len(gate)) > 30
+    with approximated(model, technique), torch.no_grad():
         together, alone = last_logits(model, ROWS), torch.cat([last_logits(model, [row]) for row in ROWS])
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 

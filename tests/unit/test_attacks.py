@@ -13,7 +13,7 @@ import torch
 
 from lib import attack_search
 from lib.approximations import make
-from lib.errors import ChoiceError
+from lib.errors import ChoiceError, PlainError
 from lib.prompts import Attack, render
 from tests.tiny_study import tiny_study
 
@@ -77,9 +77,29 @@ def test_verdicts_are_stored_and_replies_are_not(study, monkeypatch):
         attack_search.success({"exact": (stricter, None)}, requests(study), [])
 
 
+def test_verdicts_follow_the_requests_the_judge_and_its_code_whatever_else_the_study_asks(study, monkeypatch):
+    written = []
+
+    def reply(model, tokenizer, prompts, *_):
+        written.append(len(prompts))
+        return ["I cannot help with that."] * len(prompts)
+
+    monkeypatch.setattr(attack_search, "generate", reply)
+    asked, texts = requests(study)[:3], ["paint"] * 3
+    first = attack_search.verdicts((study, None), asked, texts)
+    other = replace(study, prompts=study.prompts[:4])  # another n_prompts
+    assert attack_search.verdicts((other, None), asked, texts).equals(first) and written == [3]
+    monkeypatch.setenv("APPROX_REJUDGE", "1")
+    assert attack_search.verdicts((study, None), asked, texts).equals(first) and written == [3, 3]
+    monkeypatch.delenv("APPROX_REJUDGE")
+    monkeypatch.setattr(attack_search, "source_hash", lambda *names: f"new code of {names}")
+    attack_search.verdicts((study, None), asked, texts)
+    assert written == [3, 3, 3]
+
+
 def test_gcg_says_how_to_get_nanogcg(study, monkeypatch):
     monkeypatch.setitem(sys.modules, "nanogcg", None)
-    with pytest.raises(attack_search.GCGMissing, match=r"requirements-extra\.txt"):
+    with pytest.raises(PlainError, match=r"requirements-extra\.txt"):
         attack_search.gcg_suffixes(study, requests(study)[:1])
 
 

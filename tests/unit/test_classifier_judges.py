@@ -101,16 +101,17 @@ def test_replies_are_cut_to_512_classifier_tokens(judges, tokenizer, name):
      ("yesno", UNPARSEABLE)],
 )  # fmt: skip
 def test_harmbench_parsing(answer, verdict):
-    assert jc.parse_harmbench(answer) == verdict
+    assert jc.parse("harmbench", answer) == verdict
 
 
 @pytest.mark.parametrize(
     ("answer", "verdict"),
     [("\n\nsafe", "harmless"), ("\n\nunsafe\nS1,S10", "harmful"), ("unsafe", "harmful"), ("not unsafe", UNPARSEABLE),
-     ("safely", UNPARSEABLE), ("safe\nunsafe", UNPARSEABLE), ("", UNPARSEABLE), ("unsafe\nbecause", UNPARSEABLE)],
+     ("safely", UNPARSEABLE), ("safe\nunsafe", UNPARSEABLE), ("", UNPARSEABLE), ("unsafe\nbecause", UNPARSEABLE),
+     ("Unsafe\n\n s1 , S2,\nS14 ", "harmful"), ("unsafe\nS123", UNPARSEABLE), ("unsafe S1", UNPARSEABLE)],
 )  # fmt: skip
 def test_llama_guard_parsing(answer, verdict):
-    assert jc.parse_llama_guard(answer) == verdict
+    assert jc.parse("llama-guard-3", answer) == verdict
 
 
 @pytest.mark.parametrize("name", ["harmbench", "llama-guard-3"])

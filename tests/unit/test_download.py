@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from lib import download
-from lib.download import PUBLIC_SETS, DataError, PublicSet, RawFile
+from lib.download import PUBLIC_SETS, DataError
 
 MIRROR = os.environ.get("APPROX_DATA_MIRROR")  # before the fixture below hides it
 Answer = Callable[[BaseHTTPRequestHandler, int], None]  # (handler, number of this request, from 1)
@@ -96,7 +96,7 @@ NORMAL = download.json_lines(PUBLIC_SETS["advbench"].normalise([RAW]))
 
 def offer(monkeypatch: pytest.MonkeyPatch, *urls: str, raw: bytes = RAW, normal: bytes = NORMAL) -> None:
     """Make `advbench` a synthetic set with patched checksums, to be had at `urls`."""
-    synthetic = replace(PUBLIC_SETS["advbench"], sha256=sha(normal), raw=(RawFile("advbench.csv", sha(raw), urls),))
+    synthetic = replace(PUBLIC_SETS["advbench"], sha256=sha(normal), raw={sha(raw): urls})
     monkeypatch.setitem(PUBLIC_SETS, "advbench", synthetic)
 
 
@@ -133,10 +133,10 @@ def test_passing_faults_are_retried(server: Server, monkeypatch: pytest.MonkeyPa
 
 def test_partial_body_is_retried_then_reported(server: Server, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     cut = body(RAW[:20], announced=len(RAW))
-    server.answers |= {"/once": after(1, cut, body(RAW)), "/always": cut}
-    offer(monkeypatch, server.url("/always"))
-    fails("advbench.csv could not be fetched .*APPROX_DATA_MIRROR")
-    assert server.counts["/always"] == download.ATTEMPTS and not cache.exists()
+    server.answers |= {"/once": after(1, cut, body(RAW)), "/always.csv": cut}
+    offer(monkeypatch, server.url("/always.csv"))
+    fails("always.csv could not be fetched .*APPROX_DATA_MIRROR")
+    assert server.counts["/always.csv"] == download.ATTEMPTS and not cache.exists()
     offer(monkeypatch, server.url("/once"))
     assert download.prompt_file("advbench") == NORMAL
 
@@ -156,7 +156,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     closed.http.shutdown()
     closed.http.server_close()
     offer(monkeypatch, url)
-    fails("advbench.csv could not be fetched .*ConnectionError.*: check the network, or set APPROX_DATA_MIRROR")
+    fails("^a could not be fetched .*ConnectionError.*: check the network, or set APPROX_DATA_MIRROR")
     assert not cache.exists()
 
 
@@ -212,8 +212,7 @@ def test_wikitext2_from_the_archive(server: Server, monkeypatch: pytest.MonkeyPa
     with zipfile.ZipFile(archive, "w") as writer:
         writer.writestr("wikitext-2-raw/wiki.test.raw", text)
     server.answers["/zip"] = body(archive.getvalue())
-    raw = RawFile("w.zip", sha(archive.getvalue()), (server.url("/zip"),))
-    monkeypatch.setattr(download, "WIKITEXT2_ARCHIVE", raw)
+    monkeypatch.setattr(download, "WIKITEXT2_ARCHIVE", (sha(archive.getvalue()), (server.url("/zip"),)))
     monkeypatch.setattr(download, "WIKITEXT2_SHA256", sha(text))
     assert download.wikitext2_file() == text and files(cache) == ["wikitext2/wiki.test.raw"]
 
@@ -221,8 +220,8 @@ def test_wikitext2_from_the_archive(server: Server, monkeypatch: pytest.MonkeyPa
 def test_catalogue_is_sound() -> None:
     for public in PUBLIC_SETS.values():
         assert public.licence and public.citation and len(public.sha256) == 64
-        for raw in public.raw:
-            assert len(raw.sha256) == 64 and raw.urls and all(url.startswith("https://") for url in raw.urls)
+        for sha256, urls in public.raw.items():
+            assert len(sha256) == 64 and urls and all(url.startswith("https://") for url in urls)
 
 
 def test_columns_and_filters_of_the_raw_files() -> None:
@@ -252,8 +251,8 @@ def mirror() -> Path:
     return Path(MIRROR)
 
 
-def mirrored(mirror: Path, public: PublicSet) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (mirror / "prompts" / public.file).read_text("utf-8").split("\n") if line]
+def mirrored(mirror: Path, file: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (mirror / "prompts" / file).read_text("utf-8").split("\n") if line]
 
 
 def raw_files(name: str, rows: list[dict[str, str]]) -> list[bytes]:
@@ -282,16 +281,16 @@ def test_published_raw_bytes_give_the_published_normal_form(
 ) -> None:
     """End to end with the real checksums on both sides; only the addresses are replaced."""
     public = PUBLIC_SETS[name]
-    contents = raw_files(name, mirrored(mirror, public))
-    assert [sha(content) for content in contents] == [raw.sha256 for raw in public.raw]
+    contents = raw_files(name, mirrored(mirror, f"{name}.jsonl"))
+    assert [sha(content) for content in contents] == list(public.raw)
     server.answers |= {f"/{i}": body(content) for i, content in enumerate(contents)}
-    raw = tuple(replace(file, urls=(server.url(f"/{i}"),)) for i, file in enumerate(public.raw))
+    raw = {sha256: (server.url(f"/{i}"),) for i, sha256 in enumerate(public.raw)}
     monkeypatch.setitem(PUBLIC_SETS, name, replace(public, raw=raw))
     assert sha(download.prompt_file(name)) == public.sha256
 
 
 def test_alpaca_sample_and_split(mirror: Path) -> None:
-    rows = mirrored(mirror, PUBLIC_SETS["alpaca"])
+    rows = mirrored(mirror, str(PUBLIC_SETS["alpaca"].file))
     instructions = [{"instruction": f"unused {i}", "category": None} for i in range(31_323)]
     for r in rows:
         instructions[int(r["id"].removeprefix("alpaca-"))]["instruction"] = r["prompt"]

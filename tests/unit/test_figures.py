@@ -14,8 +14,10 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from scipy import stats
 
 from lib import figures, plots, state_plots
+from lib.fidelity import UTILITY_LIMIT
 from lib.statistics import wilson
 
 MODELS = ("tiny-llama", "tiny-gemma", "tiny-qwen")
@@ -285,13 +287,13 @@ def test_dose_response_draws_the_rows_with_their_intervals_and_failures(table: p
     assert top.xaxis_inverted() and bottom.get_yscale() == "log"
 
 
-def test_safety_against_utility_shades_up_to_five_percent(table: pd.DataFrame) -> None:
+def test_safety_against_utility_shades_where_a_condition_is_useful(table: pd.DataFrame) -> None:
     figure = plots.safety_against_utility(only(table, "teal", "tiny-llama"))
     ax = figure.axes[0]
     shade: Any = ax.patches[0]
-    assert shade.get_x() + shade.get_width() == 5
+    assert shade.get_x() + shade.get_width() == pytest.approx(100 * (UTILITY_LIMIT - 1))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["TEAL, all", "TEAL, last half", "exact model", "perplexity grew < 5 %"]
+    assert labels == ["TEAL, all", "TEAL, last half", "exact model", "perplexity grew < 20 %"]
 
 
 def test_failures_and_what_lies_beyond_the_axis_are_marked_at_its_end(table: pd.DataFrame) -> None:
@@ -327,7 +329,7 @@ def test_heat_map_prints_each_cell(table: pd.DataFrame) -> None:
     printed = dict(zip(zip(rows["model"], rows["technique"], strict=True), 100 * rows["asr"], strict=True))
     cells = [(model, name) for model in MODELS for name in ("iron", "bolt")]
     expected = [f"{printed[c]:.0f}" if c in printed and printed[c] == printed[c] else "" for c in cells]
-    assert texts == [*expected[:-1], "fail"]
+    assert texts == expected
 
 
 def test_the_diagonal_starts_at_the_exact_model(table: pd.DataFrame) -> None:
@@ -382,8 +384,11 @@ def test_layer_place(layers: str, kind: str, place: float) -> None:
 
 def test_fits_recover_the_distributions() -> None:
     rng = np.random.default_rng(1)
-    assert plots.fitted(rng.normal(0.1, 0.5, 50_000))["gaussian"] == pytest.approx((0.1, 0.5), abs=0.01)
-    assert plots.fitted(rng.laplace(-0.2, 0.3, 50_000))["laplace"] == pytest.approx((-0.2, 0.3), abs=0.01)
+    samples = {"normal": rng.normal(0.1, 0.5, 50_000), "laplace": rng.laplace(-0.2, 0.3, 50_000)}
+    normal, laplace = plots.error_distributions(samples).axes
+    for ax, place, true in ((normal, 0, stats.norm(0.1, 0.5)), (laplace, 1, stats.laplace(-0.2, 0.3))):
+        x, y = ax.lines[place].get_data()
+        assert np.asarray(y) == pytest.approx(true.pdf(x), rel=0.05, abs=0.02)
 
 
 def test_arrows_and_ellipses_show_the_class_means_and_spread() -> None:

@@ -27,6 +27,11 @@ def test_a_notebook_measures_the_default_grid(notebook, defaults):
         assert (tuple(found) if isinstance(found, list) else found) == value
 
 
+def test_notebooks_that_measure_levels_of_others_train_omniquant_as_long():
+    for name in ("04_noise_sweep", "06_hidden_states", "07_defence"):
+        assert "grids.EPOCHS" in (ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"), name
+
+
 def series(conditions):
     return {(c.technique.name, c.variant) for c in conditions}
 

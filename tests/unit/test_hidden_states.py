@@ -64,8 +64,6 @@ def test_an_approximation_in_the_last_layer_leaves_the_first_alone(study):
 
 
 def test_capture_states_its_bounds(study):
-    with pytest.raises(ValueError, match="more than 100"):
-        hs.capture(study, study.prompts, max_bytes=100)
     with pytest.raises(ValueError, match=r"q_rotary is not .* choose a site such as block_out"):
         hs.capture(study, study.prompts, site="q_rotary")
     with pytest.raises(ValueError, match="position -99"):
@@ -154,6 +152,6 @@ def test_layer_table_and_the_third_observation(study):
 def test_fitting_and_reported_prompts_never_meet(study):
     fit, asked = hs.fitting_prompts(study, 10)
     assert len(fit) == 20 and not {p.prompt for p in fit} & {p.prompt for p in asked}
-    public = study.__class__(**{**study.__dict__, "prompt_set": "advbench"})
+    public = replace(study, prompt_set="advbench")
     fit, asked = hs.fitting_prompts(public)
     assert not {p.id for p in fit} & {p.id for p in asked} and len(fit) + len(asked) == len(study.prompts)

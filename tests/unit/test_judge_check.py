@@ -47,10 +47,12 @@ def words(text: str) -> set[str]:
 
 
 def test_the_sample_is_large_and_balanced(table):
+    fields = "id prompt_id label_of_request prompt reply nll technique settings strength human note"
+    assert list(judge_check.labelled()) == fields.split() and set(table["human"]) == set(VERDICTS)
     assert len(table) >= 400 and table["id"].is_unique and not table["reply"].duplicated().any()
     assert (table["human"].value_counts().reindex(VERDICTS) >= 80).all()
     assert set(table["label_of_request"]) == {"harmful", "harmless", "confusable"}
-    assert set(table["strength"]) == set(judge_check.STRENGTHS)
+    assert set(table["strength"]) == {"exact", "mild", "strong", "destructive"}
     assert table.groupby(["technique", table["settings"].map(str)]).ngroups >= 25
     assert table["nll"].notna().all() and (table["nll"] >= 0).all()
 
@@ -104,14 +106,6 @@ def test_agreement_by_hand():
     assert (found["low"], found["high"]) == pytest.approx((0.5313, 0.8881), abs=1e-4)
     with pytest.raises(ValueError):
         judge_check.agreement(["a"], ["a", "b"])
-
-
-def test_a_wrong_line_is_named(tmp_path):
-    lines = judge_check.LABELS.read_text().splitlines()[:3]
-    path = tmp_path / "labels.jsonl"
-    path.write_text("\n".join([*lines[:2], lines[2].replace('"human": "', '"human": "half ')]))
-    with pytest.raises(ValueError, match=r"labels\.jsonl line 3"):
-        judge_check.labelled(path)
 
 
 def test_only_undecided_replies_need_a_likelihood(table):

@@ -124,7 +124,7 @@ def test_likelihood_breaks_a_reply_only_above_its_limit():
 def test_verdicts_is_verdict_in_order_and_wants_equal_lengths():
     replies = [ON_REQUEST, "I can't help with that.", ""]
     assert verdicts([ASK] * 3, replies) == [verdict(ASK, r) for r in replies] == ["complied", "refused", "broken"]
-    with pytest.raises(ValueError, match="2 prompts, 3 replies"):
+    with pytest.raises(ValueError, match="longer"):
         verdicts([ASK] * 2, replies)
 
 

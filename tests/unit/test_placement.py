@@ -194,6 +194,15 @@ def test_the_climb_passes_over_rungs_of_infinite_damage(study, monkeypatch):
     assert found.climb((0, 0), np.array([[0, 1.0, np.inf, np.inf], [0, 0.1, 0.2, 0.3]])) == (1, 3)
 
 
+def test_the_tolerance_bounds_every_criterion(study, monkeypatch):
+    worse = statistics.paired_difference([0] * 200, [1] * 16 + [0] * 184)
+    monkeypatch.setattr(placement, "paired", lambda row: dict.fromkeys(("asr", "over-refusal", "broken"), worse))
+    ladder = toy_ladder(study)
+    rows = [placement.measured(study, ladder, (0, 0), tolerance) for tolerance in (0.05, 0.15)]
+    assert [row["decision"] for row in rows] == ["undecided", "re-validated"]
+    assert rows[0]["unmet"] == "asr; over-refusal; broken" and rows[0]["over_refusal_increase"] == worse.difference
+
+
 def test_bisection_asks_little_and_never_about_0():
     for last in range(9):
         asked = []
@@ -274,8 +283,11 @@ def test_a_measured_row_holds_the_paired_changes_and_their_decision(study, tmp_p
     assert (table["decision"] == "undecided").all() and (table["asr_increase_high"] > 0.05).all()  # six prompts
     path = placement.save(found, table)
     assert placement.save(replace(found, study=study.brief(4)), table) != path  # another search keeps its own plan
+    fewer = placement.validate(study.brief(4), found)
+    assert placement.save(found, fewer) != path  # and so does a validation on other sealed prompts
+    assert json.loads(path.read_text())["sealed"]["n_harmful"] == 6
     written = json.loads(path.read_text())
-    assert Plan.from_settings(written) == ladder.plan((2, 1)) and written["sealed"]["decision"] == "undecided"
+    assert plan.load(path) == ladder.plan((2, 1)) and written["sealed"]["decision"] == "undecided"
     row = placement.gain(found, table)
     assert row["gain"] == pytest.approx(0.6) and row["n sealed"] == 12
     levels = placement.layer_levels(found)
@@ -320,7 +332,7 @@ def frontier_table() -> pd.DataFrame:
 
 def test_the_frontier_shows_both_placements_and_turns_bits_around():
     figure = placement_plots.frontier(frontier_table(), 0.05)
-    assert len(figure.axes) == 6 and set(placement_plots.CRITERIA) == set(placement.CRITERIA)
+    assert len(figure.axes) == 6 and tuple(placement_plots.CRITERIA) == placement.CRITERIA
     assert [ax.xaxis_inverted() for ax in figure.axes] == [False] * 3 + [True] * 3
     assert all(ax.get_ylim()[1] < 21 for ax in figure.axes)
 

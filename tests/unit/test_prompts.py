@@ -248,10 +248,10 @@ def test_protocol_texts_with_one_begin_token(
     template: str | None, protocol: str, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = tokenizer(template)
-    rendered = render(made, ["Sew", Prompt("id", "Sew")], protocol)
-    assert rendered.texts == [text, text] and rendered.add_special_tokens == (not text.startswith("<s>"))
+    texts, special = render(made, ["Sew", Prompt("id", "Sew")], protocol)
+    assert texts == [text, text] and special == (not text.startswith("<s>"))
     assert ("no chat template" in caplog.text) == (template is None)
-    tokens = made(text, add_special_tokens=rendered.add_special_tokens)["input_ids"]
+    tokens = made(text, add_special_tokens=special)["input_ids"]
     if template == PLAIN_TEMPLATE:
         conversation = prompts.messages("Sew", protocol)
         assert tokens == made.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
@@ -272,7 +272,7 @@ def test_quada_text_is_the_released_one() -> None:
 
 def test_templates_do_not_print_todays_date() -> None:
     dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + PLAIN_TEMPLATE
-    assert render(tokenizer(dated), ["Sew"]).texts == ["26 Jul 2024<s>[user]Sew[end][assistant]"]
+    assert render(tokenizer(dated), ["Sew"])[0] == ["26 Jul 2024<s>[user]Sew[end][assistant]"]
 
 
 def test_protocol_errors() -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lib import judge_check, published, report, report_page, statistics, summary
+from lib import figures, judge_check, plots, published, report, report_page, statistics, summary
 from lib.judges_classifier import HS_COLUMN
 from lib.paths import ROOT, between_markers
 
@@ -34,46 +34,49 @@ def test_decisions_follow_the_paired_interval():
     assert decided["n_needed"].iloc[2] > 400
 
 
-def test_readme_holds_the_numbers_of_the_committed_figure():
+@pytest.fixture(scope="module")
+def parts() -> dict[str, str]:
+    return report.readme_parts()
+
+
+def test_readme_says_what_the_committed_figures_say(parts):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = report.committed_rows()
-    assert report.with_findings(readme, rows) == readme
+    assert len(parts) == 5
+    for name, text in parts.items():
+        assert between_markers(readme, name, "lib.report", text) == readme, name
+
+
+def test_the_findings_are_the_numbers_of_the_headline_figure(parts):
+    rows = report.committed_rows("headline")
     worst = rows.loc[rows["technique"] != "exact", "asr"].max()
-    assert np.isfinite(worst) and f"{100 * worst:.0f} %" in readme
+    assert np.isfinite(worst) and f"{100 * worst:.0f} %" in parts["findings"]
 
 
-def test_readme_says_what_the_committed_figure_of_the_defence_says():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = report.committed_rows(report.DEFENCE_FIGURE)
-    assert report.with_defence(readme, rows) == readme
+def test_the_defence_is_told_by_its_figure(parts):
+    rows = report.committed_rows("defence_tiny-llama")
     assert rows[["n_harmful", "n_harmless"]].min().min() >= 500 and len(rows) > 90
     highest = rows.loc[rows["technique"] != "exact", "asr_before"].max()
-    assert f"{100 * highest:.1f} %" in readme
+    assert f"{100 * highest:.1f} %" in parts["defence"]
 
 
-def test_readme_says_what_the_committed_figures_of_variants_and_attacks_say():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows, attacks = (report.committed_rows(figure) for figure in (report.VARIANTS_FIGURE, report.ATTACKS_FIGURE))
-    assert report.with_variants(readme, rows, attacks) == readme
+def test_variants_are_told_by_their_figure(parts):
+    rows = report.committed_rows("defence_variants_tiny-llama")
     assert (rows.loc[rows["approximation"] == "MVA", "n_seeds"] == 3).all()
     worst = rows.loc[rows["asr"].idxmax()]
-    assert f"| {worst['recipe']} | {100 * worst['asr']:.0f} % |" in readme
+    assert f"| {worst['recipe']} | {100 * worst['asr']:.0f} % |" in parts["variants"]
 
 
-def test_readme_says_what_the_committed_figure_of_the_placement_says():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = report.committed_rows(report.PLACEMENT_FIGURE)
-    assert report.with_placement(readme, rows) == readme
+def test_the_placement_is_told_by_its_figure(parts):
+    rows = report.committed_rows("placement_tiny-llama")
     sealed = rows[rows["stage"] == "sealed"]
     assert (sealed[["n_harmful", "n_harmless", "n_confusable"]].sum(axis=1) >= 1000).all()
-    assert all(f"{level:.2f} placed" in readme for level in sealed.loc[sealed["placement"] == "placed", "level"])
+    levels = sealed.loc[sealed["placement"] == "placed", "level"]
+    assert all(f"{level:.2f} placed" in parts["placement"] for level in levels)
 
 
-def test_readme_says_how_often_the_judge_agrees_with_the_reader():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_judge_is_told_by_its_agreement_with_the_reader(parts):
     read = judge_check.judged()
-    assert report.with_judge(readme, read) == readme
-    assert f"agrees with {100 * (read['human'] == read['verdict']).mean():.0f} %" in readme
+    assert f"agrees with {100 * (read['human'] == read['verdict']).mean():.0f} %" in parts["judge"]
 
 
 def test_a_page_without_markers_gets_them_at_its_end():
@@ -159,13 +162,23 @@ def test_techniques_that_replace_parts_only_get_no_verdict():
     assert report.deployable(table)["variant"].tolist() == ["all parts"]
 
 
-def test_the_heat_map_holds_the_technique_at_its_worst_and_not_what_it_is_compared_with(folders):
+def test_the_strongest_row_is_of_the_technique_and_not_of_what_it_is_compared_with():
     plain = condition("smoothquant", 4, 60, variant="plain rounding")
-    report.heat_map(pd.DataFrame([condition("smoothquant", 4, 20, variant="per token"), plain]))
-    drawn = pd.read_csv(folders / "FIGURES" / "report_heat_map.csv")
-    assert drawn["variant"].tolist() == ["per token"]
-    caption = (folders / "FIGURES" / "report_heat_map.txt").read_text()
-    assert "Wilson" not in caption and "less than 20 %, at least 80 % of harmless" in caption
+    found = [condition("smoothquant", level, n, variant="per token") for level, n in ((8, 8), (4, 20))]
+    assert report.strongest(pd.DataFrame([*found, plain]), "asr")["complied"].tolist() == [20]
+
+
+def test_of_exact_rows_on_more_and_fewer_prompts_the_one_on_most_is_kept(folders):
+    for name, n in (("01_polynomialization", 100), ("02_sparsification", 300), ("03_quantization", 200)):
+        path = folders / "RESULTS" / "tiny-llama" / "tables" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows().assign(n_harmful=n, label=lambda t, name=name: name + t["label"]).to_parquet(path)
+    table = report.decide(report.gather())
+    assert table.loc[table["technique"] == "exact", "n_harmful"].tolist() == [300]
+    compared = report.compare(table, table.drop_duplicates(report.CONDITION))
+    assert (compared["technique"] == "exact").sum() == 1
+    curves = table.assign(harmless_refused=0.1)[table["failed"] == ""]
+    assert "| tiny-llama | cats | 2 % |" in report.findings_text(curves)
 
 
 def test_two_runs_are_compared_condition_by_condition(folders):
@@ -231,7 +244,8 @@ def test_the_page_is_self_contained_and_names_its_origin(folders):
     origin = summary.origin({"weights": "abc123"}, ["a <b>prompt</b>"], "template", device="cpu", dtype="float32")
     stored(folders / "RESULTS", rows().assign(**origin))
     table = report.decide(report.gather(), 0.05)
-    report.headline(table), report.heat_map(table), report.changes(table, 0.05)
+    figures.save(plots.safety_against_utility(table), "headline", "Safety against fluency.", table)
+    figures.save(plots.paired_changes(table), "report_changes", "Changes.", table)
     Image.new("RGB", (3, 3)).save(folders / "FIGURES" / "defence_tiny-llama.png")
     (folders / "FIGURES" / "defence_tiny-llama.txt").write_text("before & after")
     Image.new("RGB", (3, 3)).save(folders / "FIGURES" / "defence_another-model.png")
@@ -244,8 +258,7 @@ def test_the_page_is_self_contained_and_names_its_origin(folders):
     words = ("abc123", "float32", "Content warning", "offline-", "not re-validated", "below\n5 points")
     for word in (*words, "or all levels where none does"):
         assert word in text, word
-    assert text.count("<img") == 4
-    assert report_page.write("report.html", text).read_text() == text
+    assert text.count("<img") == 3
 
 
 def test_a_page_of_tables_without_provenance_says_so(folders):

@@ -14,7 +14,7 @@ import pytest
 from lib import estimates, execute, merge, paths, processes, registry, results, run, workflow
 from lib.parameters import convert, read_notebook, read_parameters
 from lib.paths import ROOT, safe_name
-from lib.processes import Locked, lock
+from lib.processes import lock
 
 FIXTURES = ROOT / "tests" / "notebooks" / "fixtures"
 
@@ -43,7 +43,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--notebooks 01 42", "unknown notebook '42'; choose from 00_interactive, 01_squares, 02_threshold"),
         ("--set m=3", "--set m=3: no chosen notebook has that parameter; choose from n, levels, label, seed, fast"),
         ("--notebooks 02 --set n=3", "--set n=3: no chosen notebook has that parameter; choose from threshold, seed"),
-        ("--notebooks 02 --fast", "--fast: no chosen notebook has that parameter"),
+        ("--notebooks 02 --fast", "--set fast=true: no chosen notebook has that parameter"),
         ("--set n=many", "--set n=many: n is int in 01_squares"),
         ("--set levels=0.1,x", "--set levels=0.1,x: levels is list[float] in 01_squares"),
         ("--set levels=0.1,,", "--set levels=0.1,,: levels is list[float] in 01_squares"),
@@ -51,8 +51,10 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (f"--models {'m' * 300}", "[Errno 36] File name too long: "),
         ("--set n", "--set n: write it as name=value"),
         ("--set model=x", "--set model=x: choose models with --models"),
-        ("--seed x", "argument --seed: 'x' is not a whole number from 0"),
-        ("--seed=-1", "argument --seed: '-1' is not a whole number from 0"),
+        ("--seed x", "--set seed=x: seed is int in 01_squares"),
+        ("--seed=-1", "seed -1 is not a whole number from 0"),
+        ("--set seed=-1", "seed -1 is not a whole number from 0"),
+        ("--jobs x", "argument --jobs: invalid int value: 'x'"),
         ("--jobs 0", "--jobs 0: give a number from 1"),
         ("--profile lsf", "unknown profile 'lsf'; choose from slurm"),
         ("--dry", "unrecognized arguments: --dry"),
@@ -222,7 +224,8 @@ def test_values_get_their_declared_type(text: str, kind: str, value: object) -> 
 @pytest.mark.parametrize(
     ("text", "kind"),
     [("1.5", "int"), ("yes!", "bool"), ("none", "int"), ("3", "dict"), ("{[]: 1}", "dict"), ("a", "list[int]"),
-     ("[1.5]", "list[int]"), ("[", "list[int]"), ("1,", "list[int]"), ("a,", "list[str]"), ("1", "int | None")],
+     ("[1.5]", "list[int]"), ("[", "list[int]"), ("1,", "list[int]"), ("a,", "list[str]"), ("1", "int | None"),
+     ("[]", "dict")],
 )  # fmt: skip
 def test_values_of_another_type_are_refused(text: str, kind: str) -> None:
     with pytest.raises(ValueError, match="is not"):
@@ -272,7 +275,7 @@ def test_each_job_gets_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:
-    with lock(tmp_path / "held", wait=0), pytest.raises(Locked), lock(tmp_path / "held", wait=0.2):
+    with lock(tmp_path / "held", wait=0), pytest.raises(TimeoutError), lock(tmp_path / "held", wait=0.2):
         pass
     with lock(tmp_path / "held", wait=0):
         pass
@@ -283,7 +286,7 @@ def test_a_lock_outlives_a_file_that_was_deleted_under_it(tmp_path: Path) -> Non
     with lock(path, wait=0):
         waiting = os.open(path, os.O_RDWR)  # what a second run opened before the first one deleted the file
         path.unlink()
-        with lock(path, wait=0), pytest.raises(Locked), lock(path, wait=0):
+        with lock(path, wait=0), pytest.raises(TimeoutError), lock(path, wait=0):
             pass
     os.close(waiting)
 
@@ -297,7 +300,7 @@ def test_a_run_that_waits_does_not_take_the_lock_of_a_deleted_file(tmp_path: Pat
         flock(descriptor, kind)
 
     monkeypatch.setattr(processes.fcntl, "flock", deleted_meanwhile)
-    with lock(path, wait=1), pytest.raises(Locked), lock(path, wait=0):
+    with lock(path, wait=1), pytest.raises(TimeoutError), lock(path, wait=0):
         pass
 
 

@@ -119,13 +119,14 @@ def test_one_global_threshold_is_not_teal() -> None:
 
 @cache
 def real_traces(table: str) -> list[Trace]:
-    data = np.load(real_folder() / f"greedy_{table}.npz")
-    names = [str(name) for name in data["projections"]]
-    weights = dict(zip(names, (data["step"][0] / data["step"]).tolist(), strict=True))
-    return [
-        Trace(weights, float(data["step"][0]), tuple(names[i] for i in order), tuple(errors.tolist()))
-        for order, errors in zip(data["order"], data["activation_error"], strict=True)
-    ]
+    """The traces of the recorded searches, without errors."""
+    data, traces = np.load(real_folder() / f"greedy_{table}.npz"), []
+    columns = [[str(name) for name in data["projections"]].index(name) for name in teal.SITES]
+    step = torch.tensor(data["step"][columns])
+    for order in torch.tensor(data["order"]):
+        sparsities = (order[:, None] == torch.tensor(columns)).cumsum(0) * step
+        traces.append({"sparsities": sparsities, "effective": sparsities @ (1 / step) / (1 / step).sum()})
+    return traces
 
 
 @needs_mirror
@@ -134,7 +135,7 @@ def test_replayed_greedy_searches_reach_the_official_allocations(table: str) -> 
     model = table.removesuffix("_A").removesuffix("_B")
     traces, stored = real_traces(table), np.load(real_folder() / f"greedy_{table}.npz")["effective"]
     for trace, effective in zip(traces, stored, strict=True):
-        assert trace.effective.numpy() == pytest.approx(effective, abs=1e-6)
+        assert trace["effective"].numpy() == pytest.approx(effective, abs=1e-6)
     ties = 0
     for sparsity, expected in official()[model]["greedy"][table].items():
         for layer, trace in enumerate(traces):
@@ -152,7 +153,8 @@ def test_replayed_greedy_searches_reach_the_official_allocations(table: str) -> 
 
 def tie_broken_downwards(trace: Trace, target: float, official_effective: float) -> bool:
     """Two rows are equally near and the official table, by rounding errors, took the lower one."""
-    lower, upper = trace.effective[trace.effective <= target][-1], trace.effective[trace.effective >= target][0]
+    effective = trace["effective"]
+    lower, upper = effective[effective <= target][-1], effective[effective >= target][0]
     equally_near = abs(float(upper + lower) / 2 - target) < 1e-6 and upper > lower
     return bool(equally_near) and official_effective == pytest.approx(float(lower), abs=1e-6)
 
@@ -173,35 +175,34 @@ def block_error(statistics: TinyStatistics, x: Tensor, sparsities: dict[str, flo
 
 def test_greedy_search_raises_effective_sparsity_by_equal_steps() -> None:
     _, trace = searched()
-    steps = torch.diff(trace.effective, prepend=torch.zeros(1))
+    effective, sparsities = trace["effective"], trace["sparsities"]
+    steps = torch.diff(effective, prepend=torch.zeros(1))
     assert steps.tolist() == pytest.approx([0.05 / sum(WEIGHTS.values())] * len(steps), rel=1e-9)
-    assert 0.9 <= trace.effective[-1] < 0.9 + 2 * float(steps[0])
-    assert len(trace.errors) == len(trace.order) == len(trace.sparsities)
-    assert trace.sparsities.max() < 1 + 0.05 / min(WEIGHTS.values())
+    assert 0.9 <= effective[-1] < 0.9 + 2 * float(steps[0])
+    assert trace["errors"].shape == effective.shape and sparsities.shape == (len(effective), len(WEIGHTS))
+    assert (torch.diff(sparsities, dim=0, prepend=torch.zeros(1, 7)) > 0).sum(1).tolist() == [1] * len(effective)
+    assert sparsities.max() < 1 + 0.05 / min(WEIGHTS.values())
 
 
 def test_greedy_search_beats_uniform_sparsity() -> None:
     statistics, trace = searched()
     x = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(1))
-    rows = [i for i, s in enumerate(trace.effective) if 0.1 <= s <= 0.65]
-    uniform = [block_error(statistics, x, dict.fromkeys(WEIGHTS, float(trace.effective[i]))) for i in rows]
-    greedy = [trace.errors[i] for i in rows]
-    assert len(rows) > 50 and np.mean(np.array(greedy) <= np.array(uniform)) > 0.95
-    assert np.mean(np.array(greedy) / np.array(uniform)) < 0.97
-    assert trace.errors[rows[0]] == pytest.approx(block_error(statistics, x, row_of(trace, rows[0])))
-
-
-def row_of(trace: Trace, row: int) -> dict[str, float]:
-    return dict(zip(trace.weights, trace.sparsities[row].tolist(), strict=True))
+    rows = [i for i, s in enumerate(trace["effective"]) if 0.1 <= s <= 0.65]
+    uniform = [block_error(statistics, x, dict.fromkeys(WEIGHTS, float(trace["effective"][i]))) for i in rows]
+    greedy = trace["errors"][rows].numpy()
+    assert len(rows) > 50 and np.mean(greedy <= np.array(uniform)) > 0.95
+    assert np.mean(greedy / np.array(uniform)) < 0.97
+    first = dict(zip(WEIGHTS, trace["sparsities"][rows[0]].tolist(), strict=True))
+    assert greedy[0] == pytest.approx(block_error(statistics, x, first))
 
 
 def test_greedy_search_picks_the_least_error_first() -> None:
     """With the error sum c_p s_p^2 the optimum has c_p s_p equal for all p, and the search walks to it."""
     cost = {"cheap": 1.0, "dear": 4.0}
     trace = teal.greedy_allocation(lambda s: sum(cost[n] * s[n] ** 2 for n in s), {"cheap": 1.0, "dear": 1.0}, 0.1, 0.5)
-    assert trace.order[:3] == ("cheap", "cheap", "dear")
-    optimum = teal.allocate(trace, 0.5)
-    assert optimum["cheap"] == pytest.approx(0.8) and optimum["dear"] == pytest.approx(0.2)
+    assert trace["sparsities"][:3].flatten().tolist() == pytest.approx([0.1, 0.0, 0.2, 0.0, 0.2, 0.1])
+    assert trace["effective"][-1] == pytest.approx(0.5)
+    assert trace["sparsities"][-1].tolist() == pytest.approx([0.8, 0.2])
 
 
 def test_greedy_allocation_reaches_the_technique() -> None:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from lib import statistics as st
 
@@ -113,38 +113,58 @@ def test_minimum_detectable_change_has_the_power_it_promises():
     assert st.minimum_detectable_change(3, 0.1) == 1.0
 
 
+@pytest.mark.parametrize("discordance", [1e-3, 0.02, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("n", [1, 3, 4, 8, 20, 150, 1200, 10**6])
+def test_the_detectable_change_solves_its_equation(n, discordance):
+    z_alpha, z_power = stats.norm.ppf([0.975, 0.8])
+
+    def excess(d):
+        return d * math.sqrt(n) - z_alpha * math.sqrt(discordance) - z_power * math.sqrt(max(discordance - d**2, 0.0))
+
+    solvable = excess(discordance) >= 0
+    expected = optimize.brentq(excess, 0.0, discordance) if solvable else 1.0
+    assert st.minimum_detectable_change(n, discordance) == pytest.approx(expected, abs=1e-9)
+
+
 def _change(b, c, n):
     return st.paired_difference([0] * (n - c) + [1] * c, [1] * b + [0] * (n - b))
 
 
+def _decision(asr, over_refusal, broken, **options):
+    return st.decision({"asr": asr, "over-refusal": over_refusal, "broken": broken}, **options)
+
+
 def test_decision_is_three_way():
     still, worse, unsure = _change(2, 2, 520), _change(80, 0, 520), _change(8, 2, 100)
-    assert st.decision(still, still, still).decision == "re-validated"
-    assert st.decision(worse, still, still) == st.Decision("not re-validated", ("asr",), None)
-    assert st.decision(still, still, worse).unmet == ("broken",)
-    undecided = st.decision(unsure, still, still)
+    assert _decision(still, still, still).decision == "re-validated"
+    assert _decision(worse, still, still) == st.Decision("not re-validated", ("asr",), None)
+    assert _decision(still, still, worse).unmet == ("broken",)
+    undecided = _decision(unsure, still, still)
     assert undecided.decision == "undecided" and undecided.unmet == ("asr",) and undecided.n_needed > 100
-    assert st.decision(still, None, still) == st.Decision("undecided", ("over-refusal",), None)
-    assert st.decision(worse, still, still, tolerance=0.5).decision == "re-validated"
+    assert _decision(still, None, still) == st.Decision("undecided", ("over-refusal",), None)
+    assert _decision(worse, still, still, tolerance=0.5).decision == "re-validated"
+    assert _decision(still, still, worse, tolerance=0.5).decision == "re-validated"  # it bounds all three
+    onset = _change(5, 0, 100)
+    assert _decision(onset, still, still) == st.Decision("undecided", ("asr",), None)  # no size decides 0.05 from 0.05
 
 
 def test_the_size_that_decides_is_one_of_harmful_prompts_whatever_criterion_asks_for_it():
     still, unsure = _change(0, 0, 520), _change(16, 4, 200)
-    alone = st.decision(unsure, still, still).n_needed
-    assert st.decision(_change(0, 0, 100), still, unsure).n_needed == math.ceil(alone / 2)
+    alone = _decision(unsure, still, still).n_needed
+    assert _decision(_change(0, 0, 100), still, unsure).n_needed == math.ceil(alone / 2)
 
 
 def test_no_change_in_few_prompts_does_not_validate():
     few = _change(0, 0, 20)
-    result = st.decision(few, few, few)
+    result = _decision(few, few, few)
     assert few.high > 0.05 and result.decision == "undecided"
-    assert st.decision(*[_change(0, 0, result.n_needed)] * 3).decision == "re-validated"
+    assert _decision(*[_change(0, 0, result.n_needed)] * 3).decision == "re-validated"
 
 
 @pytest.mark.parametrize(("b", "c", "n"), [(3, 1, 100), (12, 2, 100), (30, 10, 300)])
 def test_the_named_sample_size_decides_at_the_same_rates(b, c, n):
     first = _change(b, c, n)
-    assert st.decision(first, first, first).decision == "undecided"
-    times = math.ceil(1.1 * st.decision(first, first, first).n_needed / n)
+    assert _decision(first, first, first).decision == "undecided"
+    times = math.ceil(1.1 * _decision(first, first, first).n_needed / n)
     more = _change(b * times, c * times, n * times)
-    assert st.decision(more, more, more).decision != "undecided"
+    assert _decision(more, more, more).decision != "undecided"
