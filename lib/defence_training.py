@@ -257,7 +257,25 @@ def _trainer(
     protocol: str,
 ) -> QuadaTrainer:
     """The trainer of `model` itself, whose weights become float32, unless LoRA's, which are, are the ones trained."""
-    arguments = DPOConfig(
+    arguments = _arguments(recipe, folder, model)  # of the dtype that the model has now
+    lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear") if recipe.rank else None
+    trainer = QuadaTrainer(
+        recipe,
+        state,
+        model=model if recipe.rank else model.float(),
+        args=arguments,
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=tokenised(tokenizer, pairs, protocol),
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Bar())
+    return trainer
+
+
+def _arguments(recipe: Recipe, folder: Path, model: PreTrainedModel) -> DPOConfig:
+    return DPOConfig(
         output_dir=str(folder),
         loss_type=OBJECTIVES[recipe.objective],
         beta=recipe.beta,
@@ -281,17 +299,3 @@ def _trainer(
         seed=recipe.seed,
         report_to=[],
     )
-    lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear") if recipe.rank else None
-    trainer = QuadaTrainer(
-        recipe,
-        state,
-        model=model if recipe.rank else model.float(),
-        args=arguments,
-        data_collator=Collator(tokenizer.pad_token_id),
-        train_dataset=tokenised(tokenizer, pairs, protocol),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Bar())
-    return trainer

@@ -25,8 +25,9 @@ class Size(NamedTuple):
     requests_each: float
 
 
-MINUTES = {"01": 5.2, "02": 7.5, "03": 6.3, "04": 2.9, "05": 2.5, "06": 1.3}
-"""Notebook -> minutes of a default run on tiny-llama, for others see `OTHER_MINUTES`."""
+STUDY = ("01", "02", "03", "04", "05", "06")  # of every registered model, in the README
+MINUTES = {"01": 2.1, "02": 2.8, "03": 2.3, "04": 1.2, "05": 1.1, "06": 0.4, "07": 6.4, "08": 3.7}
+"""Notebook -> minutes of a default run on tiny-llama; others, of a user's own: `OTHER_MINUTES`."""
 SIZES = {
     "01": Size(31, 150, 2.0),
     "02": Size(34, 150, 2.0),
@@ -37,7 +38,7 @@ SIZES = {
     "07": Size(40, 100, 2.5),
     "08": Size(40, 200, 2.0),
 }
-OTHER_MINUTES, OTHER_SIZE = 10.0, Size(40, 150, 2.0)
+OTHER_MINUTES, OTHER_SIZE = 5.0, Size(40, 150, 2.0)
 FAST_SHARE = 0.12
 TINY_GIGABYTES = 0.00513
 GPU_BATCH, GPU_RATE, GPU_LOADING = 64, 1650.0, 120.0  # prompts, GB/s, s
@@ -91,16 +92,16 @@ def need(notebook: str, parameters: dict[str, Any], gpu: bool) -> Need:
 def study_plan(n_prompts: int = 373, max_new_tokens: int = 128) -> str:
     """A Markdown table: GPU memory and hours of notebooks 01 to 06 per registered model, for AdvBench's test split."""
     asked = {"n_prompts": n_prompts, "max_new_tokens": max_new_tokens, "dtype": "bfloat16"}
-    columns = ["model", "GPU memory", *MINUTES, "GPU hours"]
+    columns = ["model", "GPU memory", *STUDY, "GPU hours"]
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     total = 0.0
     for name in REGISTRY:
-        needs = [need(notebook, {"model": name} | asked, gpu=True) for notebook in MINUTES]
+        needs = [need(notebook, {"model": name} | asked, gpu=True) for notebook in STUDY]
         hours = [(one.minutes or 0.0) / 60 for one in needs]
         total += sum(hours)
         cells = " | ".join(f"{hour:.1f}" for hour in hours)
         lines.append(f"| `{name}` | {needs[0].gigabytes or 0.0:.0f} GB | {cells} | {sum(hours):.0f} |")
-    return "\n".join([*lines, f"| all | | {' | ' * (len(MINUTES) - 1)} | {total:.0f} |"])
+    return "\n".join([*lines, f"| all | | {' | ' * (len(STUDY) - 1)} | {total:.0f} |"])
 
 
 if __name__ == "__main__":  # python -m lib.estimates: writes the plan into README.md

@@ -30,7 +30,7 @@ from lib.processes import die_with_parent, lock, signals_held
 RUN_LOCK_SECONDS = 3.0  # a killed run lets go within moments
 STOP_SECONDS, CANCEL_SECONDS = 5.0, 30.0  # cancelling submitted jobs takes longer
 RUN_LOCK = ".run.lock"
-LONG = 5.0  # minutes
+LONG = 2.0  # minutes
 
 
 @dataclass(frozen=True)
