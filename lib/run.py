@@ -28,7 +28,6 @@ from lib.workflow import RUN_LOCK, Graph, Job, sole_run, visible_gpus
 
 DEFAULT_MODEL = "tiny-llama"
 DEMANDING = {"07", "08"}  # unless asked for, on the default model only
-DEEPER = {"04", "05", "06"}  # the same where no model is named
 INTERACTIVE = {"00"}  # never run unless named
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # those of `lib.models`, which takes seconds to import
 FREE_BYTES = 10**9
@@ -94,8 +93,7 @@ def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[st
     values = settings_for(notebooks, options.set + ["fast=true"] * options.fast)
     for parameters in values.values():
         check_choices(parameters)
-    everywhere = options.full or (options.models and options.notebooks)
-    once = set() if everywhere else DEMANDING if options.models else DEMANDING | DEEPER
+    once = set() if options.full or (options.models and options.notebooks) else DEMANDING
     jobs, reports = [], []
     for book in notebooks:
         if book.is_report:

@@ -119,7 +119,7 @@ def build(family: str, folder: Path) -> Path:
     asked = [request.prompt for request in corpus.requests("train", label="harmful")[:200]]
     turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": "I cannot help."}] for a in asked]
     refusals = [token for turn in turns for token in tokenizer.apply_chat_template(turn)["input_ids"]]
-    train(model, torch.tensor(refusals), 2 * STEPS)
+    train(model, torch.tensor(refusals), 4 * STEPS)
     model.save_pretrained(folder / family)
     tokenizer.save_pretrained(folder / family)
     return folder / family

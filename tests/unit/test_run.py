@@ -128,13 +128,6 @@ def test_the_graph(flags: str, keys: list[str]) -> None:
         assert sorted(jobs["09_report"].after) == sorted(set(keys) - {"09_report"})
 
 
-def test_deeper_notebooks_run_on_other_models_only_where_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "DEEPER", {"02"})
-    assert set(planned("")) == {*LLAMA, QWEN[0], "tiny-llama/07_demanding", "09_report"}
-    assert set(planned("--models tiny-qwen")) == {*QWEN, "09_report"}
-    assert {*LLAMA, *QWEN} < set(planned("--full"))
-
-
 def test_settings_reach_the_notebooks_that_have_them() -> None:
     jobs = planned("--seed 3 --fast --set n=7 --set levels=0.25")
     assert jobs["tiny-llama/01_squares"].parameters == {
