@@ -2,8 +2,8 @@
 
 One style file (paper.mplstyle: 3.33 in or 7 in wide, 8 pt text, nothing below 7) in Paul Tol's "bright" colours. A
 category of techniques always has the same colour, a technique the same marker, an outcome the same colour, marker and
-line style: nothing is told by colour alone. Only this module imports matplotlib. Its figures belong to no window or
-pyplot state, so a notebook shows one by naming it in the last line of a cell, after `%matplotlib inline`.
+line style: nothing is told by colour alone. Only this module imports matplotlib and seaborn. Its figures belong to no
+window or pyplot state, so a notebook shows one by naming it in the last line of a cell, after `%matplotlib inline`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from matplotlib.markers import CARETRIGHTBASE, CARETUPBASE
 from matplotlib.patches import Ellipse, Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
+from seaborn import heatmap as heatmap
 
 from lib.paths import atomic, figures_folder, write_whole
 

@@ -233,17 +233,21 @@ def heat_map(table: pd.DataFrame, label: str = ASR) -> Figure:
     width = None if cells.shape[1] <= 6 else PAGE
     figure, axes = figures.panels([""], "technique", ["model"], (0.2 * len(cells) + 0.9,), width=width)
     ax = axes[0, 0]
-    mesh = ax.pcolormesh(cells, cmap="cividis", vmin=0, edgecolor="white")
-    for (i, j), cell in np.ndenumerate(cells.to_numpy()):
-        colour, text = "black" if mesh.norm(cell) > 0.5 else "white", "" if np.isnan(cell) else f"{cell:.0f}"
-        ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=colour, fontsize=7)
-    names = [figures.printed(name) for name in cells.columns]
-    ax.set_xticks(np.arange(len(names)) + 0.5, names, rotation=40, ha="right", rotation_mode="anchor")
-    ax.set_yticks(np.arange(len(cells)) + 0.5, cells.index)
-    ax.invert_yaxis()
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
-    figure.colorbar(mesh, label=label, location="top", aspect=40)
+    figures.heatmap(
+        cells,
+        ax=ax,
+        cmap="Blues",
+        vmin=0,
+        linewidths=1,
+        annot=True,
+        fmt=".0f",
+        annot_kws={"fontsize": 7},
+        xticklabels=[figures.printed(name) for name in cells.columns],
+        cbar_kws={"label": label, "location": "top", "aspect": 40},
+    )
+    ax.set(xlabel="technique", ylabel="model")
+    ax.tick_params(length=0, rotation=0)
+    ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
     return figure
 
 
