@@ -114,8 +114,8 @@ class Technique:
         return [(self, layers)]
 
     def transform(self, site: str, layer: int, state: State | None) -> Transform:
-        """x [batch, seq, channels], step -> x, for one of `sites`. NotImplementedError where there are none."""
-        raise NotImplementedError(f"{self.name} transforms no site")
+        """x [batch, seq, channels], step -> x, for one of `sites`. ValueError where there are none."""
+        raise ValueError(f"{self.name} transforms no site")
 
     def operation(self, operation: str, layer: int, state: State | None, site: str = "") -> Callable[..., Tensor]:
         """The replacement for one of `operations`; `site` says which of a block's norms, e.g. norm_attn.
@@ -123,13 +123,13 @@ class Technique:
         activation: f(x, kind) with kind "silu", "gelu" or "gelu_tanh".
         softmax: f(scores [..., query, key], visible bool, broadcastable) -> probabilities, 0 where not visible.
         norm: f(x [..., channels], eps) -> x / sqrt(mean(x^2) + eps), without the learned weight. The final norm has
-        layer -1 and site norm_final. NotImplementedError where there are no `operations`.
+        layer -1 and site norm_final. ValueError where there are no `operations`.
         """
-        raise NotImplementedError(f"{self.name} replaces no operation")
+        raise ValueError(f"{self.name} replaces no operation")
 
     def fit(self, statistics: Statistics) -> dict[str, Tensor]:
-        """State from one calibration pass. NotImplementedError for a technique without `needs_calibration`."""
-        raise NotImplementedError(f"{self.name} needs no calibration")
+        """State from one calibration pass. ValueError for a technique without `needs_calibration`."""
+        raise ValueError(f"{self.name} needs no calibration")
 
     def calibrate(self, model: Any, tokenizer: Any, texts: list[str]) -> State | None:
         """State from calibration texts, or None where the technique needs none."""

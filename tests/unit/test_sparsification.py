@@ -393,3 +393,12 @@ def test_settings_are_checked() -> None:
     for technique, site in ((Teal(), "mlp_mid"), (Cats(), "act")):
         with pytest.raises(ValueError, match=f"no calibrated value for 0.{site}"):
             technique.transform(site, 0, None)
+
+
+def test_what_a_technique_lacks_is_told():
+    with pytest.raises(ValueError, match="teal replaces no operation"):
+        make("teal").operation("norm", 0, None)
+    with pytest.raises(ValueError, match="iron transforms no site"):
+        make("iron").transform("mlp_in", 0, None)
+    with pytest.raises(ValueError, match="gaussian needs no calibration"):
+        make("gaussian").fit(None)
