@@ -400,5 +400,5 @@ def test_what_a_technique_lacks_is_told():
         make("teal").operation("norm", 0, None)
     with pytest.raises(ValueError, match="iron transforms no site"):
         make("iron").transform("mlp_in", 0, None)
-    with pytest.raises(ValueError, match="gaussian needs no calibration"):
-        make("gaussian").fit(None)
+    with pytest.raises(ValueError, match="iron needs no calibration"):
+        make("iron").fit(None)
