@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import cache, cached_property, partial
+from contextlib import ExitStack, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.anatomy import FINAL, anatomy, expand_sites, text_config
-from lib.approximations import omniquant, teal
 from lib.approximations.plan import Plan
+from lib.approximations.teal import histogram
 from lib.approximations.technique import State, Step, Technique
-from lib.errors import ChoiceError
+from lib.errors import ChoiceError, choosing
 from lib.generation import NonFiniteError
 from lib.models import weights_hash
 from lib.patching import approximated, observed
@@ -40,7 +40,6 @@ WINDOW, WINDOWS = 2048, 10  # TEAL: 20,480 tokens in windows of 2,048
 SHORT_WINDOWS = 64  # for models whose window is short
 MIN_TOKENS = 2048  # fewer leave a 10,000-bin histogram of the hidden channels unstable
 TOKENS_PER_PASS = 8192
-GREEDY_TOKENS, TRAINING_WINDOWS = 512, 16
 CODE = ("lib.calibration", "lib.anatomy", "lib.patching", "lib.approximations.teal")
 
 
@@ -50,7 +49,8 @@ def calibrate(
     """The technique's state for this model from these texts; None if it needs none. Cached under data/cache, of a plan
     each technique's by itself. weights: the hash of the model's weights, where it is known.
 
-    ChoiceError for too little text. NonFiniteError where its training diverges."""
+    ChoiceError for too little text, or a setting that this model cannot have. NonFiniteError where its training
+    diverges."""
     if not technique.needs_calibration:
         return None
     weights = weights or weights_hash(model)
@@ -61,7 +61,8 @@ def calibrate(
     key = content_key([weights, ids.tolist(), technique.name, technique.settings, code])
     path = cache_folder() / "states" / f"{key}.safetensors"
     try:
-        return _cached(path, lambda: technique.fit(Calibration(model, ids, weights)))
+        with choosing():
+            return _cached(path, lambda: technique.fit(Calibration(model, ids, weights)))
     except FloatingPointError as error:
         raise NonFiniteError(str(error)) from error
 
@@ -111,7 +112,6 @@ class Calibration:
         self.n_layers = len(self.body.blocks)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.ids, self.batch = ids, max(1, TOKENS_PER_PASS // ids.shape[1])
-        self._rounded: list[Tensor] = []
         self._dense: tuple[int, Tensor] | None = None
         key = content_key([weights or weights_hash(model), ids.tolist(), source_hash(*CODE)])
         self._path = cache_folder() / "statistics" / key
@@ -136,59 +136,13 @@ class Calibration:
         parts = {"gate": experts.gate_up_proj[:, :half], "up": experts.gate_up_proj[:, half:]}
         return parts.get(projection, experts.down_proj).detach().abs().amax((0, 1)).float().cpu()
 
-    def greedy_trace(self, layer: int) -> teal.Trace:
-        """TEAL's search on this block, with dense inputs; its error is read off the block's real output."""
-        return _cached(self._path.with_suffix(f".greedy{layer}.safetensors"), partial(self._search, layer))
+    def parameters(self, layer: int) -> dict[str, int]:
+        return {name: one.weight.numel() for name, one in self.body.blocks[layer].projections.items()}
 
-    def _search(self, layer: int) -> teal.Trace:
-        sizes = self._relative_sizes(layer)
-        inputs = self.dense_inputs(layer)[: max(1, GREEDY_TOKENS // self.ids.shape[1])]
-        reference = self.run_block(layer, inputs)
+    def kept(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return _cached(self._path.with_suffix(f".{name}.safetensors"), compute)
 
-        @cache
-        def thresholds(projection: str, sparsity: float) -> dict[str, Tensor]:
-            return teal.layer_thresholds(self, layer, {projection: sparsity})
-
-        def block_error(sparsities: dict[str, float]) -> float:
-            state = {key: value for tried in sparsities.items() for key, value in thresholds(*tried).items()}
-            with approximated(self.model, teal.Teal(), state, layers=[layer]):
-                return float(teal.activation_error(self.run_block(layer, inputs), reference))
-
-        return teal.greedy_allocation(block_error, sizes)
-
-    def _relative_sizes(self, layer: int) -> dict[str, float]:
-        """Parameters of each projection, in units of q's."""
-        projections = self.body.blocks[layer].projections
-        if set(teal.SITES) - set(projections):
-            raise ChoiceError("teal: allocation='greedy' needs blocks of seven linear layers; choose uniform")
-        return {name: projections[name].weight.numel() / projections["q"].weight.numel() for name in teal.SITES}
-
-    def train_scales(self, layer: int, technique: Technique, initial: dict[str, Tensor]) -> dict[str, Tensor]:
-        """OmniQuant's scales of this block: inputs from the rounded blocks before it, targets from the dense one."""
-        assert isinstance(technique, omniquant.OmniQuant)
-        dense = self.dense_inputs(layer)[:TRAINING_WINDOWS]
-        if layer == 0:
-            self._rounded = list(dense.split(1))
-
-        def rounded(scales: dict[str, Tensor], x: Tensor) -> Tensor:
-            state = {f"{layer}.{name}": value for name, value in scales.items()}
-            with approximated(self.model, technique, state, layers=[layer]):
-                return self._forward(layer, x)
-
-        scales = omniquant.train_block(
-            rounded,
-            initial,
-            self._rounded,
-            list(self.run_block(layer, dense).split(1)),
-            [self.run_block(layer, x) for x in self._rounded] if technique.aug_loss else None,
-            epochs=technique.epochs,
-            learning_rate=technique.learning_rate,
-            block=f"block {layer}",
-        )
-        with torch.no_grad():
-            self._rounded = [rounded(scales, x) for x in self._rounded]
-        return scales
-
+    @torch.no_grad()
     def dense_inputs(self, layer: int) -> Tensor:
         """Hidden states [windows, length, hidden] that enter a block of the exact model."""
         at, states = self._dense if self._dense and self._dense[0] <= layer else (0, self._start[0])
@@ -197,17 +151,17 @@ class Calibration:
         self._dense = (layer, states)
         return states
 
-    @torch.no_grad()
-    def run_block(self, layer: int, inputs: Tensor) -> Tensor:
+    def run_block(
+        self, layer: int, inputs: Tensor, technique: Technique | None = None, state: State | None = None
+    ) -> Tensor:
         """The block's output [windows, length, hidden] for its inputs, `self.batch` windows at a time."""
-        return torch.cat([self._forward(layer, part) for part in inputs.split(self.batch)])
-
-    def _forward(self, layer: int, x: Tensor) -> Tensor:
-        """The same for at most `self.batch` windows at once, with gradients."""
-        block = self.body.blocks[layer].module
-        keywords = {name: _first_rows(value, len(x)) for name, value in self._start[1][layer].items()}
-        output = block(x, **keywords)
-        return output[0] if isinstance(output, tuple) else output
+        block, keywords = self.body.blocks[layer].module, self._start[1][layer]
+        with approximated(self.model, technique, state, layers=[layer]) if technique else nullcontext():
+            outputs = [
+                block(x, **{name: _first_rows(value, len(x)) for name, value in keywords.items()})
+                for x in inputs.split(self.batch)
+            ]
+        return torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs])
 
     @cached_property
     @torch.no_grad()
@@ -230,6 +184,7 @@ class Calibration:
                 self.model(input_ids=part.to(self.model.device), use_cache=False, logits_to_keep=1)
         return torch.cat(inputs), keywords
 
+    @torch.no_grad()
     def _measured(self) -> dict[str, Tensor]:
         """Every statistic of every layer, by "layer.site.name"."""
         tensors: dict[str, Tensor] = {}
@@ -262,7 +217,7 @@ class Calibration:
         for site, chunks in values.items():
             x = torch.cat(chunks)
             if site in HISTOGRAM_SITES:
-                tensors[f"{layer}.{site}.centers"], tensors[f"{layer}.{site}.counts"] = teal.histogram(x)
+                tensors[f"{layer}.{site}.centers"], tensors[f"{layer}.{site}.counts"] = histogram(x)
             if site in CHANNEL_SITES:
                 tensors[f"{layer}.{site}.max"] = x.abs().amax(0).float()
         return outputs

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
@@ -41,6 +41,7 @@ SCALE_OF = {
 """Site -> name of its scales; mlp_mid has none, because the product SiLU(gate) up blocks the absorption."""
 
 SMALLEST_SCALE = 0.01
+TRAINING_WINDOWS = 16  # of the calibration text; one optimiser step each
 
 
 def quantize(x: Tensor, bits: int) -> Tensor:
@@ -186,15 +187,39 @@ class OmniQuant(Technique):
     def needs_calibration(self) -> bool:
         return self.smooth and self.bits < 16
 
+    @torch.no_grad()
     def fit(self, statistics: Statistics) -> dict[str, Tensor]:
         """State: "layer.name" -> scales, with the names of `SCALE_OF` and shapes as in `spread_scales`."""
         state: dict[str, Tensor] = {}
+        inputs: list[Tensor] = []  # what leaves the rounded blocks before
         for layer in range(statistics.n_layers):
             scales = initial_scales(statistics, layer, self.alpha)
             if self.train:
-                scales = statistics.train_scales(layer, self, scales)
+                inputs = inputs or list(statistics.dense_inputs(0)[:TRAINING_WINDOWS].split(1))
+                scales = self._trained(statistics, layer, scales, inputs)
+                inputs = [self._rounded(statistics, layer, scales, x) for x in inputs]
             state |= {f"{layer}.{name}": value for name, value in scales.items()}
         return state
+
+    def _rounded(self, statistics: Statistics, layer: int, scales: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The block's output with rounded activations."""
+        return statistics.run_block(layer, x, self, {f"{layer}.{name}": value for name, value in scales.items()})
+
+    def _trained(
+        self, statistics: Statistics, layer: int, initial: dict[str, Tensor], inputs: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """The block's scales trained towards the exact block's output on what the exact blocks before give it."""
+        dense = statistics.dense_inputs(layer)[:TRAINING_WINDOWS]
+        return train_block(
+            partial(self._rounded, statistics, layer),
+            initial,
+            inputs,
+            statistics.run_block(layer, dense).split(1),
+            [statistics.run_block(layer, x) for x in inputs] if self.aug_loss else None,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            block=f"block {layer}",
+        )
 
     def transform(self, site: str, layer: int, state: State | None) -> Transform:
         if self.bits >= 16:

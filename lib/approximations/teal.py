@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from statistics import NormalDist
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from torch.nn.functional import hardshrink
 from lib.approximations.technique import State, Statistics, Step, Technique, Transform, calibrated, check_choice
 
 BINS = 10_000
+SEARCH_TOKENS = 512  # of the calibration text, on which the greedy search measures errors
 
 SITES = {
     "q": "attn_in.q",
@@ -170,6 +172,27 @@ def layer_thresholds(statistics: Statistics, layer: int, sparsities: Mapping[str
     }
 
 
+@torch.no_grad()
+def greedy_search(statistics: Statistics, layer: int) -> Trace:
+    """`greedy_allocation` on this layer's real block with dense inputs. ValueError for a mixture of experts."""
+    sizes = statistics.parameters(layer)
+    if set(SITES) - set(sizes):
+        raise ValueError("teal: allocation='greedy' needs blocks of seven linear layers; choose uniform")
+    windows = statistics.dense_inputs(layer)
+    inputs = windows[: max(1, SEARCH_TOKENS // windows.shape[1])]
+    reference = statistics.run_block(layer, inputs)
+
+    @cache
+    def thresholds(projection: str, sparsity: float) -> dict[str, Tensor]:
+        return layer_thresholds(statistics, layer, {projection: sparsity})
+
+    def block_error(sparsities: dict[str, float]) -> float:
+        state = {key: value for tried in sparsities.items() for key, value in thresholds(*tried).items()}
+        return float(activation_error(statistics.run_block(layer, inputs, Teal(), state), reference))
+
+    return greedy_allocation(block_error, {name: sizes[name] / sizes["q"] for name in SITES})
+
+
 @dataclass(frozen=True)
 class Teal(Technique):
     """TEAL at one sparsity.
@@ -215,7 +238,8 @@ class Teal(Technique):
         for layer in range(statistics.n_layers):
             sparsities = dict.fromkeys(SITES, self.sparsity)
             if self.allocation == "greedy" and self.sparsity > 0:
-                sparsities = allocate(statistics.greedy_trace(layer), self.sparsity)
+                trace = statistics.kept(f"greedy{layer}", partial(greedy_search, statistics, layer))
+                sparsities = allocate(trace, self.sparsity)
             state |= layer_thresholds(statistics, layer, sparsities)
         return state
 

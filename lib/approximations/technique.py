@@ -65,11 +65,19 @@ class Statistics(Protocol):
     def mean_square(self, layer: int, site: str) -> tuple[float, float]:
         """(smallest, largest) mean square over channels of a norm's input, e.g. norm_attn; final norm: layer -1."""
 
-    def greedy_trace(self, layer: int) -> dict[str, Tensor]:
-        """The trace of `teal.greedy_allocation` run on this layer's real block."""
+    def parameters(self, layer: int) -> dict[str, int]:
+        """Number of weights of each of the block's linear projections by name; those of experts are left out."""
 
-    def train_scales(self, layer: int, technique: Technique, initial: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`omniquant.train_block` on this layer's real block; asked for layer 0, 1, ... in order."""
+    def dense_inputs(self, layer: int) -> Tensor:
+        """Hidden states [windows, length, hidden] that enter this block of the exact model."""
+
+    def run_block(
+        self, layer: int, inputs: Tensor, technique: Technique | None = None, state: State | None = None
+    ) -> Tensor:
+        """The real block's output [windows, length, hidden] for its inputs, exact or with a technique."""
+
+    def kept(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `compute` gives, from disk where it was computed before for the same model and text."""
 
 
 Transform = Callable[[Tensor, Step], Tensor]

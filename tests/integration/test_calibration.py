@@ -187,7 +187,7 @@ def test_windows_that_fill_no_whole_number_of_passes_are_all_measured(cache, mon
 def test_the_greedy_trace_of_a_real_block(cache):
     model = random_model("mistral")
     measured = Calibration(model, token_windows(model))
-    trace = {name: value.clone() for name, value in measured.greedy_trace(0).items()}  # it may be mapped to the file
+    trace = teal.greedy_search(measured, 0)
     effective, errors = trace["effective"], trace["errors"]
     projections = anatomy(model).blocks[0].projections
     weights = torch.tensor([projections[name].weight.numel() for name in teal.SITES], dtype=torch.float64)
@@ -197,9 +197,10 @@ def test_the_greedy_trace_of_a_real_block(cache):
     assert torch.allclose(steps, 0.05 / weights.sum(), atol=1e-12)
     assert 0.9 <= effective[-1] < 0.91 + steps[0]
     assert (errors[1:] > 0.97 * errors[:-1].cummax(0).values).all() and errors[-1] > 5 * errors[10]
-    inputs = measured.dense_inputs(0)[: max(1, calibration.GREEDY_TOKENS // measured.ids.shape[1])]
+    inputs = measured.dense_inputs(0)[: max(1, teal.SEARCH_TOKENS // measured.ids.shape[1])]
     reference = measured.run_block(0, inputs)
 
+    @torch.no_grad()
     def error(sparsities):
         state = teal.layer_thresholds(measured, 0, sparsities)
         with approximated(model, make("teal"), state, layers=[0]):
@@ -212,16 +213,26 @@ def test_the_greedy_trace_of_a_real_block(cache):
         if 0.1 <= effective[row] <= 0.65:
             better.append(errors[row] <= error(dict.fromkeys(teal.SITES, float(effective[row]))))
     assert len(better) >= 5 and sum(better) >= len(better) - 1
-    for file in cache.rglob("*.greedy0.safetensors"):
-        file.write_bytes(file.read_bytes()[:-7])
-    for _ in range(2):  # searched again, then read back
-        again = Calibration(model, token_windows(model)).greedy_trace(0)
-        assert all(torch.equal(again[name], value) for name, value in trace.items())
+
+
+def test_what_a_technique_keeps_is_read_back_and_computed_again_where_damaged(cache):
+    measured, runs = Calibration(random_model("llama"), token_windows(random_model("llama"))), []
+
+    def compute():
+        runs.append(1)
+        return {"numbers": torch.arange(4.0)}
+
+    for _ in range(2):
+        assert measured.kept("search", compute)["numbers"].tolist() == [0, 1, 2, 3]
+    assert runs == [1]
+    (file,) = cache.rglob("*.search.safetensors")
+    file.write_bytes(file.read_bytes()[:-7])
+    assert measured.kept("search", compute)["numbers"].tolist() == [0, 1, 2, 3] and runs == [1, 1]
 
 
 def block_errors(model, measured, techniques):
     """Mean squared error of block 0's output on the training windows, for each technique."""
-    inputs = measured.dense_inputs(0)[: calibration.TRAINING_WINDOWS]
+    inputs = measured.dense_inputs(0)[: omniquant.TRAINING_WINDOWS]
     reference, errors = measured.run_block(0, inputs), []
     for technique in techniques:
         state = technique.fit(measured) if technique.needs_calibration else None
@@ -250,10 +261,9 @@ def test_a_diverging_training_names_the_block_and_leaves_the_model_alone():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     measured = Calibration(model, token_windows(model))
-    initial = omniquant.initial_scales(measured, 0, 0.5)
-    initial["mlp_in"][0] = torch.nan
+    measured._tensors["0.mlp_in.max"][0] = torch.nan
     with pytest.raises(FloatingPointError, match="block 0"):
-        measured.train_scales(0, make("omniquant", bits=4, epochs=1), initial)
+        make("omniquant", bits=4, epochs=1).fit(measured)
     for technique in (make("omniquant", bits=4, epochs=1), make("nexus"), make("smoothquant", per="static")):
         calibration.calibrate(technique, model, Words(), random_texts())
     assert gradients == {name: parameter.requires_grad for name, parameter in model.named_parameters()}

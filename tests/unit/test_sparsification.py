@@ -207,8 +207,8 @@ def test_greedy_search_picks_the_least_error_first() -> None:
 
 def test_greedy_allocation_reaches_the_technique() -> None:
     statistics, trace = searched()
-    statistics.traces[0] = trace
     state = Teal(sparsity=0.5, allocation="greedy").fit(statistics)
+    assert all(torch.equal(statistics.stored["greedy0"][name], value) for name, value in trace.items())
     expected = teal.layer_thresholds(statistics, 0, teal.allocate(trace, 0.5))
     assert state == expected and set(state) == {f"0.{site}" for site in teal.SITES.values()}
     assert state != Teal(sparsity=0.5).fit(statistics)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,12 +77,13 @@ def applied(technique: Technique, state: State | None, step: Step | None = None,
 
 
 class TinyStatistics:
-    """Statistics of one TinyBlock on x [batch, seq, hidden]; the two searches of fit are given by the test."""
+    """Statistics of one TinyBlock on x [batch, seq, hidden]."""
 
     n_layers, head_dim = 1, HEAD
 
     def __init__(self, block: TinyBlock, x: Tensor) -> None:
-        self.block = block
+        self.block, self.x = block, x
+        self.stored: dict[str, dict[str, Tensor]] = {}
         self.seen: dict[str, Tensor] = {}
         self.histograms: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -92,8 +92,6 @@ class TinyStatistics:
             return t
 
         self.reference = block(x, note)
-        self.traces: dict[int, teal.Trace] = {}
-        self.train: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def histogram(self, layer: int, site: str) -> tuple[Tensor, Tensor]:
         if site not in self.histograms:
@@ -109,9 +107,18 @@ class TinyStatistics:
     def mean_square(self, layer: int, site: str) -> tuple[float, float]:
         raise AssertionError("no technique of these tests asks for it")
 
-    def greedy_trace(self, layer: int) -> teal.Trace:
-        return self.traces[layer]
+    def parameters(self, layer: int) -> dict[str, int]:
+        return {name: weight.numel() for name, weight in self.block.weights.items()}
 
-    def train_scales(self, layer: int, technique: Technique, initial: dict[str, Tensor]) -> dict[str, Tensor]:
-        assert self.train is not None
-        return self.train(technique, initial)
+    def dense_inputs(self, layer: int) -> Tensor:
+        return self.x
+
+    def run_block(
+        self, layer: int, inputs: Tensor, technique: Technique | None = None, state: State | None = None
+    ) -> Tensor:
+        return self.block(inputs, applied(technique, state)) if technique else self.block(inputs)
+
+    def kept(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if name not in self.stored:
+            self.stored[name] = compute()
+        return self.stored[name]
