@@ -40,7 +40,7 @@ WINDOW, WINDOWS = 2048, 10  # TEAL: 20,480 tokens in windows of 2,048
 SHORT_WINDOWS = 64  # for models whose window is short
 MIN_TOKENS = 2048  # fewer leave a 10,000-bin histogram of the hidden channels unstable
 TOKENS_PER_PASS = 8192
-CODE = ("lib.calibration", "lib.anatomy", "lib.patching", "lib.approximations.teal")
+CODE = ("lib.calibration", "lib.anatomy", "lib.patching", "lib.eager", "lib.approximations.teal")
 
 
 def calibrate(

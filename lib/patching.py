@@ -16,11 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface
-from transformers.integrations.moe import ExpertsInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.models.llama.modeling_llama import repeat_kv
 
 from lib.anatomy import (
     ATTENTION_SITES,
@@ -36,9 +31,8 @@ from lib.anatomy import (
     norm_parts,
 )
 from lib.approximations.technique import OPERATIONS, State, Step, Technique
+from lib.eager import ATTRIBUTE, NAME, edits_of
 
-NAME = "approximated"  # under which our attention and expert functions are registered with Transformers
-ATTRIBUTE = "approximation"  # of an attention or experts module, while it is patched
 Edit = Callable[[Tensor, Step], Tensor]
 
 
@@ -218,17 +212,24 @@ class _Patch:
     def engage(self) -> None:
         """Places what needs all edits of a module at once: fused layers, caches, attention functions, experts."""
         for linear, parts in self.fused.items():
-            self.hook(linear.register_forward_hook(partial(self._run_fused, parts)))
+            _attach(self, linear, parts)
+            self.hook(linear.register_forward_hook(self._run_fused))
         for attention, edits in self.cached.items():
             self.hook(attention.register_forward_pre_hook(partial(self._enter_attention, edits), with_kwargs=True))
         _engage_function(self, self.attention, "attn")
         _engage_function(self, self.experts, "experts")
 
     def _enter_attention(self, edits: dict[str, Edit], module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        return args, {**kwargs, "past_key_values": _EditingCache(kwargs.get("past_key_values"), edits, self)}
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, _EditingCache):  # of a patch around this one
+            cache, edits = cache.cache, _stacked(cache.edits, edits)
+        return args, {**kwargs, "past_key_values": _EditingCache(cache, edits, self)}
 
-    def _run_fused(self, parts: dict, linear: nn.Linear, args: tuple, output: Tensor) -> Tensor:
+    def _run_fused(self, linear: nn.Linear, args: tuple, output: Tensor) -> Tensor:
         """Recomputes logical parts of a fused layer from their own edited inputs, then edits their outputs."""
+        parts, patch = edits_of(linear)
+        if patch is not self:  # a patch within this one does what both ask for
+            return output
         output, step = output.clone(), self.now(args[0])
         for (end, start, stop), edit in sorted(parts.items(), key=lambda item: item[0]):  # "input" before "output"
             rows = slice(start, stop)
@@ -281,11 +282,7 @@ def _place(patch: _Patch, block: Block, site: str, edit: Edit) -> None:
     elif block.experts is not None and tensor in ("mlp_in", "gate", "act", "mlp_mid"):
         patch.experts.setdefault(block.experts, {})[site] = edit
     elif site in READERS:
-        norm, part = ("norm_attn", block.attention) if site == "attn_in" else ("norm_mlp", block.mlp)
-        if norm in block.norms:
-            patch.on_output(block.norms[norm], edit)
-        else:  # OLMo-2 reads the residual stream as it is
-            patch.on_input(part, edit)
+        patch.on_input(block.attention if site == "attn_in" else block.mlp, edit)
     elif site == "act":
         patch.on_output(block.activation, edit)
     elif site in ("q", "k", "v", "gate"):
@@ -312,9 +309,9 @@ def _place_operation(
         raise ValueError(f"operation {operation!r} is not one of {', '.join(OPERATIONS)}")
     for block in blocks:
         if operation == "norm":
-            for site, norm in block.norms.items():
+            for site in expand_sites(block, "norm"):
                 function = technique.operation(operation, block.index, state, site)
-                _replace_norm(patch, norm, patch.counted(block.index, site, function))
+                _replace_norm(patch, block.norms[site], patch.counted(block.index, site, function))
             continue
         function = technique.operation(operation, block.index, state)
         if operation == "softmax":
@@ -352,10 +349,15 @@ def _engage_function(patch: _Patch, edits: dict[nn.Module, dict[str, Callable]],
     model = patch.model
     before, switch = getattr(model.config, f"_{kind}_implementation"), getattr(model, f"set_{kind}_implementation")
     for module, functions in edits.items():
-        patch.undo.callback(_restore, module, getattr(module, ATTRIBUTE, None))
-        setattr(module, ATTRIBUTE, (_stacked(_edits_of(module)[0], functions), patch))
+        _attach(patch, module, functions)
     patch.undo.callback(switch, before)
     switch(NAME)
+
+
+def _attach(patch: _Patch, module: nn.Module, edits: dict) -> None:
+    """Keeps the patch's edits on the module, behind those of a patch around this one."""
+    patch.undo.callback(_restore, module, getattr(module, ATTRIBUTE, None))
+    setattr(module, ATTRIBUTE, (_stacked(edits_of(module)[0], edits), patch))
 
 
 def _restore(module: nn.Module, before: Any) -> None:
@@ -365,7 +367,7 @@ def _restore(module: nn.Module, before: Any) -> None:
         setattr(module, ATTRIBUTE, before)
 
 
-def _stacked(outer: dict[str, Callable], inner: dict[str, Callable]) -> dict[str, Callable]:
+def _stacked(outer: dict, inner: dict) -> dict:
     """The edits of two patches, one engaged within the other: at a common site the inner edits what the outer gives."""
 
     def one_after_the_other(first: Callable, then: Callable) -> Callable:
@@ -373,83 +375,3 @@ def _stacked(outer: dict[str, Callable], inner: dict[str, Callable]) -> dict[str
 
     common = (outer.keys() & inner.keys()) - set(OPERATIONS)
     return {**outer, **inner, **{site: one_after_the_other(outer[site], inner[site]) for site in common}}
-
-
-def _edits_of(module: Any) -> tuple[dict[str, Callable], Any]:
-    """(edits by site, the patch they belong to); no edits for a module outside the chosen layers."""
-    return getattr(module, ATTRIBUTE, ({}, None))
-
-
-def eager_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Transformers' eager attention with the module's edits: rotated q, the softmax, its output.
-
-    query [batch, heads, new, head]; key, value [batch, kv heads, all, head]; attention_mask additive, broadcastable.
-    """
-    functions, patch = _edits_of(module)
-    if "q_rotary" in functions:
-        query = functions["q_rotary"](query, patch.now(query[:, 0]))
-    groups = getattr(module, "num_key_value_groups", 1)
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scores = torch.matmul(query, key.transpose(2, 3)) * (module.head_dim**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if "softmax" in functions:
-        probabilities = functions["softmax"](scores.float(), _visible(scores, attention_mask)).to(query.dtype)
-    else:
-        scores = scores if attention_mask is None else scores + attention_mask
-        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    if "attn_probs" in functions:
-        probabilities = functions["attn_probs"](probabilities, patch.now(query[:, 0]))
-    probabilities = F.dropout(probabilities, p=dropout, training=module.training)
-    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
-
-
-def _visible(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Which keys each query may see; the additive mask holds 0 or the dtype's most negative number."""
-    if attention_mask is None:
-        return torch.ones_like(scores, dtype=torch.bool)
-    return attention_mask > torch.finfo(attention_mask.dtype).min / 2
-
-
-def eager_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Transformers' eager loop over experts with the module's edits. hidden [tokens, channels]: the batch flattened."""
-    functions, patch = _edits_of(module)
-    output = torch.zeros_like(hidden)
-    chosen = F.one_hot(top_k_index, num_classes=module.num_experts).permute(2, 1, 0)
-
-    def step_of(x: Tensor, tokens: Tensor) -> Step:
-        return patch.now(hidden).at(tokens) if patch.step else patch.now(x[None])
-
-    def edit(site: str, x: Tensor, tokens: Tensor) -> Tensor:
-        return functions[site](x[None], step_of(x, tokens))[0] if site in functions else x
-
-    for expert in chosen.sum(dim=(1, 2)).nonzero().flatten().tolist():
-        slot, tokens = torch.where(chosen[expert])
-        x = edit("mlp_in", hidden[tokens], tokens)
-        gate, up = F.linear(edit("mlp_in.gate", x, tokens), module.gate_up_proj[expert]).chunk(2, dim=-1)
-        if "mlp_in.up" in functions or "mlp_in.gate" in functions:
-            up = F.linear(edit("mlp_in.up", x, tokens), module.gate_up_proj[expert]).chunk(2, dim=-1)[1]
-        gate = edit("gate", gate, tokens)
-        act = module.act_fn(gate)
-        if "activation" in functions:  # padding keeps the exact one, as in `_Patch.replace`
-            real = step_of(gate, tokens).real[0, :, None]
-            act = torch.where(real, functions["activation"](gate), act)
-        mid = edit("mlp_mid", edit("act", act, tokens) * up, tokens)
-        result = F.linear(mid, module.down_proj[expert]) * top_k_weights[tokens, slot, None]
-        output.index_add_(0, tokens, result.to(output.dtype))
-    return output
-
-
-AttentionInterface.register(NAME, eager_attention)
-AttentionMaskInterface.register(NAME, eager_mask)  # without it Transformers passes no mask and attention is not causal
-ExpertsInterface.register(NAME, eager_experts)

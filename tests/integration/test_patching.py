@@ -119,6 +119,29 @@ def test_each_site_changes_the_logits_and_is_restored(family):
     assert not any(hasattr(m, "approximation") for m in model.modules())
 
 
+def test_who_looks_within_a_patch_sees_what_it_made_and_changes_nothing(family):
+    """Also where one linear layer holds several projections, and at keys and values on their way to the cache."""
+    model, sites = random_model(family), sites_of(family)
+    looked = [site for site in sites if site != "norm"]
+
+    def seen_within(scale):
+        found = {}
+        with approximated(model, scale), observed(model, looked, lambda layer, site, x, _: found.setdefault(site, x)):
+            logits(model)
+        return found
+
+    with approximated(model, Scale(1.3, sites)):
+        alone = logits(model)
+    with approximated(model, Scale(1.3, sites)), observed(model, looked, lambda *_: None) as hits:
+        assert torch.equal(alone, logits(model)) and not hits.silent()
+    for site in looked:
+        if site in ("norm_final", "attn_probs"):
+            continue
+        exact, scaled = (seen_within(Scale(factor, (site,)))[site] for factor in (1.0, 1.3))
+        even = torch.arange(exact.shape[-1]) % 2 == 0
+        assert torch.equal(scaled, torch.where(even, exact * 1.3, exact)), site
+
+
 def test_restored_after_an_exception(family):
     model = random_model(family)
     before = logits(model)

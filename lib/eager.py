@@ -1,0 +1,102 @@
+"""Transformers' eager attention and experts, written out so that a patch can edit what is inside them.
+
+Registered with Transformers under one name; `lib.patching` switches a model to it and keeps each module's edits on the
+module. Without edits they compute, bit for bit, what the eager functions of Transformers compute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.moe import ExpertsInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.models.llama.modeling_llama import repeat_kv
+
+from lib.approximations.technique import Step
+
+NAME = "approximated"  # under which the functions are registered with Transformers
+ATTRIBUTE = "approximation"  # of an attention, experts or fused linear module, while it is patched
+
+
+def edits_of(module: Any) -> tuple[dict, Any]:
+    """(edits by place, the patch they belong to); no edits for a module outside the chosen layers."""
+    return getattr(module, ATTRIBUTE, ({}, None))
+
+
+def eager_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Transformers' eager attention with the module's edits: rotated q, the softmax, its output.
+
+    query [batch, heads, new, head]; key, value [batch, kv heads, all, head]; attention_mask additive, broadcastable.
+    """
+    functions, patch = edits_of(module)
+    if "q_rotary" in functions:
+        query = functions["q_rotary"](query, patch.now(query[:, 0]))
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scores = torch.matmul(query, key.transpose(2, 3)) * (module.head_dim**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if "softmax" in functions:
+        probabilities = functions["softmax"](scores.float(), _visible(scores, attention_mask)).to(query.dtype)
+    else:
+        scores = scores if attention_mask is None else scores + attention_mask
+        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if "attn_probs" in functions:
+        probabilities = functions["attn_probs"](probabilities, patch.now(query[:, 0]))
+    probabilities = F.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
+
+
+def _visible(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Which keys each query may see; the additive mask holds 0 or the dtype's most negative number."""
+    if attention_mask is None:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return attention_mask > torch.finfo(attention_mask.dtype).min / 2
+
+
+def eager_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Transformers' eager loop over experts with the module's edits. hidden [tokens, channels]: the batch flattened."""
+    functions, patch = edits_of(module)
+    output = torch.zeros_like(hidden)
+    chosen = F.one_hot(top_k_index, num_classes=module.num_experts).permute(2, 1, 0)
+
+    def step_of(x: Tensor, tokens: Tensor) -> Step:
+        return patch.now(hidden).at(tokens) if patch.step else patch.now(x[None])
+
+    def edit(site: str, x: Tensor, tokens: Tensor) -> Tensor:
+        return functions[site](x[None], step_of(x, tokens))[0] if site in functions else x
+
+    for expert in chosen.sum(dim=(1, 2)).nonzero().flatten().tolist():
+        slot, tokens = torch.where(chosen[expert])
+        x = edit("mlp_in", hidden[tokens], tokens)
+        gate, up = F.linear(edit("mlp_in.gate", x, tokens), module.gate_up_proj[expert]).chunk(2, dim=-1)
+        if "mlp_in.up" in functions or "mlp_in.gate" in functions:
+            up = F.linear(edit("mlp_in.up", x, tokens), module.gate_up_proj[expert]).chunk(2, dim=-1)[1]
+        gate = edit("gate", gate, tokens)
+        act = module.act_fn(gate)
+        if "activation" in functions:  # padding keeps the exact one, as in `_Patch.replace`
+            real = step_of(gate, tokens).real[0, :, None]
+            act = torch.where(real, functions["activation"](gate), act)
+        mid = edit("mlp_mid", edit("act", act, tokens) * up, tokens)
+        result = F.linear(mid, module.down_proj[expert]) * top_k_weights[tokens, slot, None]
+        output.index_add_(0, tokens, result.to(output.dtype))
+    return output
+
+
+AttentionInterface.register(NAME, eager_attention)
+AttentionMaskInterface.register(NAME, eager_mask)  # without it Transformers passes no mask and attention is not causal
+ExpertsInterface.register(NAME, eager_experts)
