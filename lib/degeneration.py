@@ -32,9 +32,12 @@ _PLAIN_MARKS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "�
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _CODE_LINE = re.compile(
     r"^\s*(?:[#<$>].*[/<>=(-].*|(?:def|class|import|from|for|while|if|return|print|const|let|var|public)\b.*[(:;={].*"
-    r"|from \w+ import .*|import \w[\w.]*|.*[;{}]|\w[\w.]* ?[+*-]?= ?\S.*|\w[\w.]*\(.*\))\s*$", re.M)
+    r"|from \w+ import .*|import \w[\w.]*|.*[;{}]|\w[\w.]* ?[+*-]?= ?\S.*|\w[\w.]*\(.*\))\s*$",
+    re.M,
+)
 _SET_ASIDE = re.compile(  # a link, an address, a note in brackets, a path, code or a number
-    r"https?://\S+|www\.\S+|\S+@\S+\.\w+|\[[^\]\n]{0,60}\]|(?<![^\s\]])\S*[\\/_=<>{}|^~\d]\S*")
+    r"https?://\S+|www\.\S+|\S+@\S+\.\w+|\[[^\]\n]{0,60}\]|(?<![^\s\]])\S*[\\/_=<>{}|^~\d]\S*"
+)
 _TOKEN = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*|[^\w\s'\"*#-]")
 _UNIT = re.compile(r"[^\W_]+")
 _NAME = re.compile(r"(?=.*[aeiouyAEIOUY])(?!.*[bcdfghjklmnpqrstvwxz]{5})[^\W\d_a-z][\w'-]*\Z|[A-Z]{2,5}s?\Z")
@@ -45,7 +48,11 @@ _OFFERS_HOW = re.compile(r"\bhere(?:'s| is| are)\b[^.!?\n]{0,60}?\bhow (?:to|you
 
 
 def normalise(text: str) -> str:
-    """Characters folded (NFKC), quotes straight, no Markdown emphasis, at most LONGEST_READ characters."""
+    """Characters folded (NFKC), quotes straight, no Markdown emphasis, at most LONGEST_READ characters; of a reply that
+    begins with its reasoning (Qwen3, DeepSeek-R1) what follows that, which is nothing if it was cut off before."""
+    _, closed, answer = text.rpartition("</think>")
+    if closed or text.lstrip().startswith("<think>"):
+        text = answer if closed else ""
     text = text[:LONGEST_READ]
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).translate(_PLAIN_MARKS)

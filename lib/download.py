@@ -39,6 +39,7 @@ BACKOFF_S = 0.5  # waits of 0.5, 1, 2 s between attempts
 TIMEOUT_S = (10, 60)  # connect, read
 
 Row = dict[str, str | None]
+Normalise = Callable[[list[bytes]], list[Row]]
 PUBLIC_KEYS = ("id", "prompt", "category", "label", "split", "origin", "note", "source")
 
 
@@ -56,7 +57,7 @@ class PublicSet:
 
     sha256: str
     raw: Mapping[str, tuple[str, ...]]
-    normalise: Callable[[list[bytes]], list[Row]]
+    normalise: Normalise
     licence: str
     citation: str
     file: str | None = None
@@ -89,13 +90,22 @@ def _table(raw: bytes) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline="")))
 
 
-def _lines(raw: bytes) -> list[str]:
-    return [line for line in raw.decode("utf-8").replace("\r\n", "\n").split("\n") if line.strip()]
+def _from_table(id: str, source: str, prompt: str, **columns: str) -> Normalise:
+    """Harmful prompts of one CSV file from the column `prompt`; columns: key of the normalised form=column."""
+    return lambda raw: [
+        row(id.format(i), r[prompt], "harmful", source, **{key: r[column] for key, column in columns.items()})
+        for i, r in enumerate(_table(raw[0]))
+    ]
 
 
-def _advbench(raw: list[bytes]) -> list[Row]:
-    source = "llm-attacks/llm-attacks:data/advbench/harmful_behaviors.csv"
-    return [row(f"advbench-{i:03d}", r["goal"], "harmful", source) for i, r in enumerate(_table(raw[0]))]
+def _from_lines(id: str, source: str, label: str) -> Normalise:
+    """Prompts of one text file, a line each; blank lines are none."""
+
+    def normalise(raw: list[bytes]) -> list[Row]:
+        lines = raw[0].decode("utf-8").replace("\r\n", "\n").split("\n")
+        return [row(id.format(i), line, label, source) for i, line in enumerate(filter(str.strip, lines))]
+
+    return normalise
 
 
 def _harmbench(raw: list[bytes]) -> list[Row]:
@@ -112,27 +122,6 @@ def _harmbench(raw: list[bytes]) -> list[Row]:
     return rows
 
 
-def _jailbreakbench(raw: list[bytes]) -> list[Row]:
-    source = "JailbreakBench/jailbreakbench:src/jailbreakbench/data/behaviors.csv"
-    return [
-        row(f"jbb-{i:03d}", r["Goal"], "harmful", source, r["Category"], origin=r["Source"], note=r["Behavior"])
-        for i, r in enumerate(_table(raw[0]))
-    ]
-
-
-def _strongreject(raw: list[bytes]) -> list[Row]:
-    source = "alexandrasouly/strongreject:strongreject_dataset/strongreject_dataset.csv"
-    return [
-        row(f"strongreject-{i:03d}", r["forbidden_prompt"], "harmful", source, r["category"], origin=r["source"])
-        for i, r in enumerate(_table(raw[0]))
-    ]
-
-
-def _maliciousinstruct(raw: list[bytes]) -> list[Row]:
-    source = "Princeton-SysML/Jailbreak_LLM:data/MaliciousInstruct.txt"
-    return [row(f"maliciousinstruct-{i:03d}", line, "harmful", source) for i, line in enumerate(_lines(raw[0]))]
-
-
 def _tdc2023(raw: list[bytes]) -> list[Row]:
     return [
         row(f"tdc2023-{split}-{i:02d}", prompt, "harmful",
@@ -140,12 +129,6 @@ def _tdc2023(raw: list[bytes]) -> list[Row]:
         for split, behaviours in zip(("dev", "test"), map(json.loads, raw), strict=True)
         for i, prompt in enumerate(behaviours)
     ]  # fmt: skip
-
-
-def _beavertails(raw: list[bytes]) -> list[Row]:
-    """Not labelled per prompt: many questions are harmless or borderline, so a missing refusal is no failure."""
-    source = "Kevin-Zh-CS/QuadA:benchmark/beavertails.txt"
-    return [row(f"beavertails-{i:04d}", line, "mixed", source) for i, line in enumerate(_lines(raw[0]))]
 
 
 def _xstest(raw: list[bytes]) -> list[Row]:
@@ -187,7 +170,9 @@ PUBLIC_SETS: dict[str, PublicSet] = {
         {"6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1": (
             f"{_GITHUB}/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv",
             f"{_PINNED}/raw/advbench.csv")},
-        _advbench, "MIT", "Zou et al. 2023, arXiv:2307.15043"),
+        _from_table(
+            "advbench-{:03d}", "llm-attacks/llm-attacks:data/advbench/harmful_behaviors.csv", "goal"),
+        "MIT", "Zou et al. 2023, arXiv:2307.15043"),
     "harmbench": PublicSet(
         "d93af53564598f292235e3e5a3faa34c4a2286732664928ab3bdbd7a0f38515a",
         {"7bfaaa5e2b9b95002c89e2d33c019f58e9e8496e2fc65d368f1eeb8179e69534": (
@@ -200,20 +185,28 @@ PUBLIC_SETS: dict[str, PublicSet] = {
         {"45e9a8923b28f547bb372fbaa9af7df8b38c818a80ae50c3bab97704197ff516": (
             f"{_GITHUB}/JailbreakBench/jailbreakbench/main/src/jailbreakbench/data/behaviors.csv",
             f"{_PINNED}/raw/jailbreakbench.csv")},
-        _jailbreakbench, "MIT", "Chao et al. 2024, arXiv:2404.01318"),
+        _from_table(
+            "jbb-{:03d}", "JailbreakBench/jailbreakbench:src/jailbreakbench/data/behaviors.csv", "Goal",
+            category="Category", origin="Source", note="Behavior"),
+        "MIT", "Chao et al. 2024, arXiv:2404.01318"),
     "strongreject": PublicSet(
         "d15a79b752884f18d4a9baaa048368dde82291b87479fa889558cd3fadc0cce9",
         {"4dd70357e4ff8b5d0ba5ebafecab5d6dd5633ce8046e3dd1c8bd93e64de44381": (
             f"{_GITHUB}/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv",
             f"{_PINNED}/raw/strongreject.csv")},
-        _strongreject, "MIT (repository; prompts taken over from other sets: unclear)",
+        _from_table(
+            "strongreject-{:03d}", "alexandrasouly/strongreject:strongreject_dataset/strongreject_dataset.csv",
+            "forbidden_prompt", category="category", origin="source"),
+        "MIT (repository; prompts taken over from other sets: unclear)",
         "Souly et al. 2024, arXiv:2402.10260"),
     "maliciousinstruct": PublicSet(
         "1cdb5c45886b18f8a0f69b4b669679e348f87eae0f3800bb0fc50be21af26308",
         {"a64d69dd1004aac4a23aaff3748fb8f17161893f74db36f45b8bc849eb1bcce5": (
             f"{_GITHUB}/Princeton-SysML/Jailbreak_LLM/main/data/MaliciousInstruct.txt",
             f"{_PINNED}/raw/malicious_instruct.txt")},
-        _maliciousinstruct, "none stated", "Huang et al. 2023, arXiv:2310.06987"),
+        _from_lines(
+            "maliciousinstruct-{:03d}", "Princeton-SysML/Jailbreak_LLM:data/MaliciousInstruct.txt", "harmful"),
+        "none stated", "Huang et al. 2023, arXiv:2310.06987"),
     "tdc2023": PublicSet(
         "5f4800e8db6295f0443571146129e32c3a3c7a7b73881d0b4c5bcca1aae3698f",
         {"9392c63ad0193f0510f33812593f0dc71d13ae8b2ad93f64d670e9795deee1b0": (
@@ -224,7 +217,9 @@ PUBLIC_SETS: dict[str, PublicSet] = {
     "beavertails": PublicSet(
         "661cb44f8bc7a9cbe84f3b01509ae0b11d44c31f326c4d071daa04096c2219e3",
         {"bfef125acb884f992a7fe74f20f86d9db52b9d1bc016b54c760972a2a7cb9326": (f"{_QUADA}/beavertails.txt",)},
-        _beavertails, "CC-BY-NC-4.0", "Ji et al. 2023, arXiv:2307.04657; selection of arXiv:2502.00840"),
+        # not labelled per prompt: many questions are harmless or borderline, so a missing refusal is no failure
+        _from_lines("beavertails-{:04d}", "Kevin-Zh-CS/QuadA:benchmark/beavertails.txt", "mixed"),
+        "CC-BY-NC-4.0", "Ji et al. 2023, arXiv:2307.04657; selection of arXiv:2502.00840"),
     "xstest": PublicSet(
         "f2b2367da93921ee7b6c356f0bdee0a3676f3d1f9d65af11262af33249367129",
         {"11783fb294ed017473ee53c207d71f2161c7672c8d0b037501e78387f801cb5a": (

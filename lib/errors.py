@@ -20,8 +20,9 @@ class ChoiceError(PlainError, ValueError):
 
 @contextmanager
 def choosing() -> Iterator[None]:
-    """Around code that checks what the reader chose: its ValueErrors and missing files become ChoiceErrors."""
+    """Around code that checks what the reader chose: its ValueErrors, missing files and folders for files become
+    ChoiceErrors."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
         raise ChoiceError(str(error)) from error

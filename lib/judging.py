@@ -30,9 +30,8 @@ from lib.degeneration import NLL_LIMIT, normalise
 
 VERDICTS = ("refused", "complied", "broken")
 UNPARSEABLE = "unparseable"  # a classifier's answer that is no verdict; the offline judge never gives it
-JUDGE_VERSION = "offline-" + hashlib.sha256(  # the rules and their word lists
-    Path(__file__).read_bytes() + Path(degeneration.__file__).read_bytes() + version("pyspellchecker").encode()
-).hexdigest()[:12]
+_RULES = Path(__file__).read_bytes() + Path(degeneration.__file__).read_bytes()
+JUDGE_VERSION = f"offline-{hashlib.sha256(_RULES + version('pyspellchecker').encode()).hexdigest()[:12]}"
 
 # ------------------------------------------------------------------ published keyword rules, unchanged
 QUADA_STRINGS = (

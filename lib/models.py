@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,14 +29,12 @@ from lib.registry import ModelError, explain, gigabytes, resolve, revision_of, v
 
 __all__ = ["ModelError", "best_device", "best_dtype", "load", "resolve", "weights_hash"]
 
-log = logging.getLogger(__name__)
-
 SHOWN = 1.0  # GB of weights from which loading takes long enough for a progress bar
 ROOM = 0.9  # share of the free memory that weights may take; the rest is for activations and keys and values
 
 
 def best_device(device: str = "auto") -> str:
-    """"cuda" or "cpu" for "auto"; a device by name as it is. ModelError for one that PyTorch lacks."""
+    """cuda or cpu for "auto"; a device by name as it is. ModelError for one that PyTorch lacks."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -52,7 +50,7 @@ def best_dtype(dtype: str, device: str) -> torch.dtype:
     """auto: bf16 on a GPU, fp32 on a CPU, where bf16 is many times slower."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":
-        return torch.float32 if device == "cpu" else torch.bfloat16
+        return torch.float32 if device.startswith("cpu") else torch.bfloat16
     if dtype not in known:
         raise ModelError(f"unknown dtype {dtype!r}; choose one of auto, {', '.join(known)}")
     return known[dtype]
@@ -61,7 +59,7 @@ def best_dtype(dtype: str, device: str) -> torch.dtype:
 def weight_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of the weights of a model with this configuration, counted without making them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     return sum(parameter.numel() for parameter in model.parameters()) * torch.finfo(dtype).bits // 8
 
 
@@ -85,18 +83,20 @@ def check_memory(name: str, config: Any, device: str, dtype: torch.dtype) -> boo
         return False
     if need <= ROOM * sum(free):
         return True
-    kind = str(dtype).removeprefix("torch.")
-    needs = f"{name}: its weights need {need / 1e9:.0f} GB in {kind} and {{}} {sum(free) / 1e9:.0f} GB free"
+    holder, remedy = "this machine has", "use a GPU or a smaller model"
     if device.startswith("cuda"):
-        raise ModelError(f"{needs.format('the GPUs have' if len(free) > 1 else 'the GPU has')}; use more GPUs"
-                         " or a smaller model")
-    raise ModelError(f"{needs.format('this machine has')}; use a GPU or a smaller model")
+        holder, remedy = "the GPUs have" if len(free) > 1 else "the GPU has", "use more GPUs or a smaller model"
+    kind = str(dtype).removeprefix("torch.")
+    needs = f"{name}: its weights need {need / 1e9:.0f} GB in {kind}"
+    raise ModelError(f"{needs} and {holder} {sum(free) / 1e9:.0f} GB free; {remedy}")
 
 
 def load(
     name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in evaluation mode, exact, and its tokenizer (left padding). ModelError in one line if it cannot be had."""
+    """Model in evaluation mode, exact, and its tokenizer (left padding). ModelError in one line if it cannot be had.
+
+    trust_remote_code: run the repository's own model code; no notebook asks for it."""
     where = resolve(name)
     if Path(where).is_dir():
         verify(Path(where))
@@ -107,22 +107,28 @@ def load(
     try:
         config = AutoConfig.from_pretrained(where, **options)
         spread = check_memory(name, config, device, best_dtype(dtype, device))
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
             dtype=best_dtype(dtype, device),
             attn_implementation="eager",
+            experts_implementation="eager",
             use_safetensors=True,
             device_map="auto" if spread else None,
-            **({"experts_implementation": "eager"} if hasattr(config, "num_local_experts") else {}),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **options,
         )
+        model, told = loaded
+        random = sorted([*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])])
+        if random:
+            raise ValueError(f"{len(random)} weights are not in its files or of another size, first {random[0]}")
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         if not hasattr(model, "hf_device_map"):
-            model.to(device)  # type: ignore[arg-type]
+            model.to(device)
     except torch.OutOfMemoryError:
         raise ModelError(f"{name}: too little GPU memory for its weights; use more GPUs or a smaller model") from None
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, StrictDataclassError, ValueError) as error:
         raise ModelError(explain(name, where, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -135,5 +141,5 @@ def weights_hash(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -2,8 +2,8 @@
 
     load(name or path) -> prompts -> render(tokenizer, prompts, protocol) -> texts to tokenise
 
-Schema (JSON Lines, UTF-8): id, prompt, category, label, split, goal, tier, answer, origin, note, source; only `prompt`
-is required. Every prompt of a public set or a user's file is in one split (`split_of`).
+Schema (JSON Lines, UTF-8): id, prompt, category, label, split, goal, tier, answer; only `prompt` is required. Every
+prompt of a public set or a user's file is in one split (`split_of`).
 
 Protocols: `chat` is the model's own template, `quada` the prompt text of the code released with arXiv:2502.00840.
 """
@@ -13,8 +13,10 @@ import hashlib
 import io
 import json
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,7 @@ MAX_PROMPT_CHARACTERS = 100_000
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request. `goal`: the request behind it, shared by rephrasings; `answer`: a reference answer; `origin`: where
-    the benchmark took it from; `note`: the benchmark's own name or focus word; absent values are None."""
+    """One request. `goal`: the request behind it, shared by rephrasings; `answer`: a reference answer."""
 
     id: str
     prompt: str
@@ -49,9 +50,6 @@ class Prompt:
     goal: str | None = None
     tier: str | None = None
     answer: str | None = None
-    origin: str | None = None
-    note: str | None = None
-    source: str | None = None
 
 
 FIELDS = tuple(f.name for f in fields(Prompt))
@@ -87,6 +85,39 @@ def load(
     return tuple(prompts if n is None else sample(prompts, n, seed))
 
 
+def for_study(prompt_set: str, split: str, n: int, seed: int) -> list[Prompt]:
+    """Up to n harmful requests, and half as many harmless and confusable ones. ValueError without harmful ones."""
+    half = max(1, n // 2)
+    counts = {"harmful": n, "harmless": half, "confusable": half}
+    if prompt_set == "organism":
+        return [p for label, count in counts.items() for p in goals_first(split, label, count, seed)]
+    own = [_labelled(p, p.label) for p in load(prompt_set, None if split == "all" else split)]
+    found = {label: sample([p for p in own if p.label == label], n, seed) for label, n in counts.items()}
+    if not found["harmful"]:
+        raise ValueError(f"{prompt_set} has no harmful requests in its {split} split")
+    others = "test" if split == "all" else split
+    if not found["harmless"]:
+        found["harmless"] = [_labelled(p, "harmless") for p in load("alpaca", others, n=half, seed=seed)]
+    if not found["confusable"]:
+        found["confusable"] = [_labelled(p, "safe") for p in load("xstest", others, "safe", n=half, seed=seed)]
+    return [prompt for chosen in found.values() for prompt in chosen]
+
+
+def _labelled(prompt: Prompt, label: str | None) -> Prompt:
+    """With one of the three labels that are judged; harmful if it has none. ValueError for "mixed"."""
+    if label == "mixed":
+        raise ValueError("this set does not say which of its requests are harmful; choose another prompt_set")
+    meaning = {None: "harmful", "unsafe": "harmful", "safe": "confusable"}
+    return replace(prompt, label=meaning.get(label, label))
+
+
+def goals_first(split: str, label: str, n: int, seed: int) -> list[Prompt]:
+    """n prompts, nested in larger n: every goal in its first phrasing before any goal in a second one."""
+    pool = load("organism", split=split, label=label, tier="composition")
+    shuffled = random.Random(f"{split}-{label}-{seed}").sample(pool, len(pool))
+    return sorted(shuffled, key=lambda prompt: int(prompt.id.rsplit(".", 1)[1]))[:n]
+
+
 def wikitext2() -> str:
     """WikiText-2 raw, test split, rows joined by two line feeds as the GPTQ and AWQ family of scripts joins them.
 
@@ -118,32 +149,26 @@ def _read(name_or_path: str | Path) -> list[Prompt]:
 def split_of(prompt: Prompt) -> str:
     """train, search or test: what the set itself says, dev and val being for searching; else a quarter, by a hash of
     the goal or the text, is for searching. Rewordings without a common goal can be on both sides."""
-    stated = SPLITS.get(prompt.split or "")
-    if stated:
-        return stated
+    if prompt.split:
+        return SPLITS[prompt.split]
     digest = hashlib.sha256((prompt.goal or prompt.prompt).encode()).digest()
     return "search" if digest[0] < 64 else "test"
 
 
 def sample(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
-    """At most n prompts, stratified by category where there is one, in the order given; nested in larger n."""
+    """At most n prompts, every category represented in proportion, in the order given; nested in larger n.
+
+    A random order within each category gives ranks; prompts are taken by (rank + u) / size, u one draw per category.
+    """
     if n >= len(prompts):
         return list(prompts)
-    return [prompts[i] for i in _stratified([p.category for p in prompts], n, seed)]
-
-
-def _stratified(strata: Sequence[str | None], n: int, seed: int) -> np.ndarray:
-    """Sorted indices of `n` items, every stratum represented in proportion.
-
-    A random order within each stratum gives ranks; items are taken by (rank + u) / size, u one draw per stratum.
-    """
     generator = np.random.default_rng(seed)
-    _, stratum, size = np.unique([s or "" for s in strata], return_inverse=True, return_counts=True)
-    order = np.lexsort((generator.permutation(len(stratum)), stratum))
-    rank = np.empty(len(stratum))
-    rank[order] = np.arange(len(stratum)) - np.repeat(np.cumsum(size) - size, size)
-    place = (rank + generator.random(len(size))[stratum]) / size[stratum]
-    return np.sort(np.argsort(place, kind="stable")[:n])
+    _, category, size = np.unique([p.category or "" for p in prompts], return_inverse=True, return_counts=True)
+    order = np.lexsort((generator.permutation(len(category)), category))
+    rank = np.empty(len(category))
+    rank[order] = np.arange(len(category)) - np.repeat(np.cumsum(size) - size, size)
+    place = (rank + generator.random(len(size))[category]) / size[category]
+    return [prompts[i] for i in np.sort(np.argsort(place, kind="stable")[:n])]
 
 
 # ------------------------------------------------------------------ files: bytes -> checked rows
@@ -153,8 +178,8 @@ def parse(content: bytes, file: str) -> list[Prompt]:
     """Prompts of a JSON Lines or (if `file` ends in .csv) CSV file.
 
     Unknown columns are ignored and logged; rows without an id get one from the file's name. Raises ValueError with the
-    number of the first bad line: not UTF-8, not JSON, no prompt, a prompt above 100,000 characters, an unknown label, a
-    value that is no text, an id seen before; and for a file without rows.
+    number of the first bad line: not UTF-8, not JSON, no prompt, a prompt above 100,000 characters, an unknown label or
+    split, a value that is no text, an id seen before; and for a file without rows.
     """
     text = decoded(content, file)
     records = list((_csv_records if file.lower().endswith(".csv") else _json_records)(text, file))
@@ -179,6 +204,8 @@ def _prompt(record: dict[str, Any], where: str, default_id: str) -> Prompt:
     _check_text(values["prompt"], "prompt", where)
     if values["label"] not in (None, *LABELS):
         raise ValueError(f"{where}: unknown label {values['label']!r}; valid: {', '.join(LABELS)}")
+    if values["split"] not in (None, *SPLITS):
+        raise ValueError(f"{where}: unknown split {values['split']!r}; valid: {', '.join(SPLITS)}")
     return Prompt(**values | {"id": values["id"] or default_id})
 
 
@@ -274,7 +301,7 @@ QUADA_DEVIATIONS = (
     "Mistral, Mixtral and Zephyr",
     "reply: the new tokens; the released code splits decoded text at markers and cuts Llama-2 at 'Instruction: '",
 )
-FIXED_DATE = "26 Jul 2024"  # for templates that print today's date, so that a prompt is the same every day
+FIXED_DAY = date(2024, 7, 26)  # for templates that print today's date, so that a prompt is the same every day
 
 
 def messages(prompt: str, protocol: str = "chat") -> list[dict[str, str]]:
@@ -291,8 +318,9 @@ def render(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "cha
     """The texts to tokenise, one per prompt, ending where the reply begins, and whether the tokenizer may add its
     special tokens (False where the template has placed them).
 
-    The model's chat template is used with its generation prompt; a system message goes into the user turn where the
-    template has no system role. `quada` with Llama-2's chat markup (`<<SYS>>`) or no template at all: plain text
+    The model's chat template is used with its generation prompt, a fixed date, and without reasoning where that is an
+    option (Qwen3): 128 new tokens hold no answer after it. A system message goes into the user turn where the template
+    has no system role. `quada` with Llama-2's chat markup (`<<SYS>>`) or no template at all: plain text
     "<system>\\nInstruction: <prompt>\\nResponse:", as in the released code. `chat` without a template: the plain
     text "User: <prompt>\\nAssistant:", which is logged. Raises ValueError for unknown protocols.
     """
@@ -301,13 +329,13 @@ def render(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "cha
         raise ValueError("no prompts to render")
     template = tokenizer.chat_template
     if template is None or (protocol == "quada" and "<<SYS>>" in str(template)):
-        texts = [_as_plain_text(conversation, protocol) for conversation in conversations]
         if template is None:
             logger.warning("%s has no chat template: plain text is used", tokenizer.name_or_path or "the tokenizer")
-        has_bos = bool(tokenizer.bos_token) and all(text.startswith(tokenizer.bos_token) for text in texts)
-        return texts, not has_bos
+        return [_as_plain_text(conversation, protocol) for conversation in conversations], True
 
-    apply = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, date_string=FIXED_DATE)
+    choices = {"date_string": FIXED_DAY.strftime("%d %b %Y"), "strftime_now": FIXED_DAY.strftime}
+    choices |= {"add_generation_prompt": True, "enable_thinking": False}
+    apply = partial(tokenizer.apply_chat_template, tokenize=False, **choices)
     if conversations[0][0]["role"] == "system" and not _takes_system_turn(apply, conversations[0]):
         conversations = [[{"role": "user", "content": f"{s['content']}\n{u['content']}"}] for s, u in conversations]
     return apply(conversations), False

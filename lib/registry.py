@@ -152,7 +152,7 @@ def check(name: str) -> None:
 
 def explain(name: str, where: str, error: Exception) -> str:
     """One plain line for what the hub or a weight file answered."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
 
     causes = [error, error.__cause__, error.__context__]
     if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error):
@@ -162,7 +162,8 @@ def explain(name: str, where: str, error: Exception) -> str:
     unreachable = isinstance(error, ConnectionError) or re.search("connect|cached", str(error).lower())
     if not Path(where).is_dir() and unreachable:
         return f"{name}: {where} is not in the local cache and the model hub cannot be reached; check the network"
-    return f"{name}: cannot load {where}: {str(error).strip().splitlines()[0]}"
+    reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    return f"{name}: cannot load {where}: {str(reason).strip().splitlines()[0]}"
 
 
 def verify(folder: Path) -> None:
@@ -170,13 +171,15 @@ def verify(folder: Path) -> None:
     listing = folder / "SHA256SUMS"
     if not listing.is_file():
         return
-    for line in listing.read_text().splitlines():
-        expected, file = line.split(maxsplit=1)
-        path, remedy = folder / file, "restore it with 'git checkout -- data/organisms'"
+    ours = folder.resolve().is_relative_to(ORGANISMS.resolve())
+    remedy = "restore it with 'git checkout -- data/organisms'" if ours else "fetch it again"
+    for line in filter(None, map(str.strip, listing.read_text().splitlines())):
+        expected, _, file = line.partition(" ")
+        path = folder / file.lstrip(" *")  # sha256sum marks files it read as binary by a star
         if not path.is_file():
-            raise ModelError(f"{folder.name}: {file} is missing; {remedy}")
+            raise ModelError(f"{folder.name}: {path.name} is missing; {remedy}")
         if file_hash(path) != expected:
-            raise ModelError(f"{folder.name}: {file} is damaged (checksum differs); {remedy}")
+            raise ModelError(f"{folder.name}: {path.name} is damaged (checksum differs); {remedy}")
 
 
 def file_hash(path: Path) -> str:

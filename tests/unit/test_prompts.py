@@ -60,6 +60,10 @@ GOOD = b'{"prompt": "one"}\n\n'
         (GOOD + b'{"prompt": 2}', "line 3: prompt must be text, not int"),
         (GOOD + b'{"prompt": "two", "category": ["x"]}', "line 3: category must be text, not list"),
         (GOOD + b'{"prompt": "two", "label": "bad"}', "line 3: unknown label 'bad'; valid: harmful, harmless, confus"),
+        (
+            GOOD + b'{"prompt": "two", "split": "eval"}',
+            "line 3: unknown split 'eval'; valid: train, search, dev, val, t",
+        ),
         (GOOD + b'{"prompt": "two", "id": "s-00000"}', "line 3: id 's-00000' occurs a second time"),
         (GOOD + b'{"prompt": "caf\xe9"}', r"line 3: not UTF-8 \(byte 0xe9\)"),
         (GOOD + b'{"prompt": "\\ud800"}', "line 3: prompt holds half a surrogate pair"),
@@ -273,6 +277,16 @@ def test_quada_text_is_the_released_one() -> None:
 def test_templates_do_not_print_todays_date() -> None:
     dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + PLAIN_TEMPLATE
     assert render(tokenizer(dated), ["Sew"])[0] == ["26 Jul 2024<s>[user]Sew[end][assistant]"]
+
+
+@pytest.mark.parametrize("day", ["{{ strftime_now('%d %b %Y') }}", "{{ date_string }}"])
+def test_a_template_that_prints_the_date_gives_the_same_prompt_every_day(day: str) -> None:
+    assert render(tokenizer(day + PLAIN_TEMPLATE), ["Sew"])[0] == ["26 Jul 2024<s>[user]Sew[end][assistant]"]
+
+
+def test_reasoning_is_off_where_a_template_has_the_option() -> None:
+    thinking = "{{ '' if enable_thinking is defined and not enable_thinking else '[think]' }}"
+    assert render(tokenizer(PLAIN_TEMPLATE + thinking), ["Sew"])[0] == ["<s>[user]Sew[end][assistant]"]
 
 
 def test_protocol_errors() -> None:

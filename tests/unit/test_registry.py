@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,32 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    DeepseekV3Config,
+    GemmaConfig,
+    Glm4Config,
+    GraniteSWAConfig,
+    HunYuanDenseV1Config,
+    LlamaConfig,
+    Qwen3NextConfig,
+    VaultGemmaConfig,
+)
+from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoRMSNorm
+from transformers.models.helium.modeling_helium import HeliumRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo3.modeling_olmo3 import Olmo3RMSNorm
+from transformers.models.vaultgemma.modeling_vaultgemma import VaultGemmaRMSNorm
 
 from lib import estimates, models, registry
+from lib.anatomy import SCALED_BEFORE_CAST, UnknownAnatomy, anatomy, norm_parts
+from lib.approximations import make
 from lib.models import ModelError
+from lib.patching import approximated
 from lib.paths import ROOT, between_markers
 from lib.registry import REGISTRY
-from tests.families import CONFIGS
+from tests.families import CONFIGS, GROUPED, SIZE, random_model
 
 PAPER = {
     "llama-2-7b": (13.5, 0.045),
@@ -105,6 +126,120 @@ def test_a_model_in_the_local_cache_needs_no_hub(tmp_path, monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *_: pytest.fail("asked the hub"))
     registry.check("gemma-2-2b")
+
+
+def test_checksums_may_be_written_as_sha256sum_does(tmp_path: Path):
+    (tmp_path / "a b").write_bytes(b"x")
+    expected = registry.file_hash(tmp_path / "a b")
+    for listing in (f"{expected}  a b\n", f"{expected} *a b\n\n"):
+        (tmp_path / "SHA256SUMS").write_text(listing)
+        registry.verify(tmp_path)
+    (tmp_path / "SHA256SUMS").write_text(f"{expected}  a b\n{expected}  c\n")
+    with pytest.raises(ModelError, match="c is missing; fetch it again"):  # no file of ours, so git cannot restore it
+        registry.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"num_hidden_layers": 3}, "weights are not in its files or of another size, first model.layers.2"),
+        ({"intermediate_size": 24}, "weights are not in its files or of another size, first model.layers.0"),
+        ({"hidden_size": 33}, "(33) is not a multiple of the number of attention heads"),
+    ],
+)
+def test_a_configuration_that_is_not_of_the_weights_gets_one_line(changed: dict, line: str, tmp_path: Path):
+    random_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(ModelError, match=re.escape(line)) as caught:
+        models.load(str(tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_without_dimensions_have_a_hash():
+    module = torch.nn.Module()
+    module.scale = torch.nn.Parameter(torch.tensor(2.0))
+    assert models.weights_hash(module) != models.weights_hash(torch.nn.Module())
+
+
+# ------------------------------------------------------------------ what anatomy says of decoders it does not know
+
+
+def built(config: type, **more: object) -> torch.nn.Module:
+    sizes = SIZE | GROUPED | {"layer_types": ["full_attention"] * 2} | more
+    return AutoModelForCausalLM.from_config(config(**sizes), attn_implementation="eager")
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "line"),
+    [
+        (DeepseekV3Config, {}, "block 0 (DeepseekV3DecoderLayer): no linear layer found for q, k, v"),
+        (GraniteSWAConfig, {}, "block 0 (GraniteSWAAttention): attention sinks are not supported"),
+        (
+            Qwen3NextConfig,
+            {"layer_types": ["linear_attention"] * 2},
+            "block 0 (Qwen3NextDecoderLayer): no 'self_attn'",
+        ),
+        (LlamaConfig, {"hidden_act": "relu"}, "activation ReLU is not known; known are silu, gelu, gelu_tanh"),
+    ],
+)
+def test_what_anatomy_cannot_place_is_named(config: type, more: dict, line: str):
+    with pytest.raises(UnknownAnatomy, match=re.escape(line)) as caught:
+        anatomy(built(config, **more))
+    assert "\n" not in str(caught.value)
+
+
+def test_norms_without_a_site_are_named_where_norms_are_asked_for():
+    model = built(HunYuanDenseV1Config, head_dim=8)
+    line = "block 0 (HunYuanDenseV1DecoderLayer): no site is known for its norms self_attn.query_layernorm, self"
+    for technique in (make("gaussian", std=0.1), make("iron", parts=("norm",))):
+        with pytest.raises(UnknownAnatomy, match=re.escape(line)), approximated(model, technique):
+            pass
+    with approximated(model, make("gaussian", std=0.1, where=("act",))):
+        pass
+
+
+def test_an_edit_of_what_attention_reads_leaves_the_mlp_beside_it_alone():
+    """In Cohere's parallel blocks both read the output of one norm."""
+    model, seen = built(CohereConfig), []
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ids = torch.arange(6)[None]
+    logits = [model(ids).logits]
+    with approximated(model, make("smoothquant", bits=3, smooth=False), layers=[0]) as hits:
+        logits.append(model(ids).logits)
+    handle.remove()
+    assert set(hits.counts) == {(0, site) for site in ("attn_in", "attn_out", "mlp_in", "mlp_mid")}
+    assert torch.equal(*seen) and not torch.equal(*logits)
+
+
+def test_every_norm_of_a_block_has_its_site():
+    inner = ["norm_attn", "norm_attn_post", "norm_mlp", "norm_mlp_post"]
+    assert sorted(anatomy(built(Glm4Config, head_dim=8)).blocks[0].norms) == inner
+    assert sorted(anatomy(built(VaultGemmaConfig, head_dim=8)).blocks[0].norms) == ["norm_attn", "norm_mlp"]
+
+
+@pytest.mark.parametrize("kind", [FlexOlmoRMSNorm, HeliumRMSNorm, LlamaRMSNorm, Olmo3RMSNorm, VaultGemmaRMSNorm])
+def test_a_norm_is_scaled_and_rounded_in_the_order_of_the_model(kind: type):
+    torch.manual_seed(0)
+    norm, x = kind(16).bfloat16(), torch.randn(64, 16).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    weight, offset, eps = norm_parts(norm)
+    normal = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    scaled_first = (normal * (offset + weight.float())).bfloat16()
+    rounded_first = weight * normal.bfloat16()
+    assert torch.equal(norm(x), scaled_first if kind.__name__ in SCALED_BEFORE_CAST else rounded_first)
+
+
+def test_the_activation_is_what_the_model_computes():
+    """Gemma's configuration may name two activations; the model reads `hidden_act`."""
+    config = {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 8}
+    assert anatomy(built(GemmaConfig, **config)).activation == "gelu"
+
+
+def test_two_decoders_are_too_many():
+    pair = torch.nn.ModuleList([random_model("llama"), random_model("llama")])
+    with pytest.raises(UnknownAnatomy, match="several stacks of decoder blocks"):
+        anatomy(pair)
 
 
 @pytest.mark.parametrize("device", ["xpu", "gpu", "mps"])
