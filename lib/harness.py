@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.errors import ChoiceError, PlainError
+from lib.generation import non_finite
 from lib.patching import engaged
 
 
@@ -35,7 +37,8 @@ def evaluate(
 
     num_fewshot: None takes the task's own. limit: documents per task. task_folder: own tasks as YAML files, used
     instead of the stock ones. One document at a time where a token's result depends on its row: the harness pads on the
-    right and passes no mask. Raises HarnessMissing, and ChoiceError for a task the harness does not know.
+    right and passes no mask. Raises HarnessMissing, ChoiceError for a task the harness does not know, and
+    NonFiniteError for logits of which the harness would make an accuracy nonetheless.
     """
     try:
         from lm_eval import simple_evaluate
@@ -52,5 +55,15 @@ def evaluate(
     if any(technique.whole_prompt or not technique.per_token for technique in techniques):
         batch_size = 1
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, device=str(model.device), batch_size=batch_size)
-    results = simple_evaluate(wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager)
-    return results["results"]
+
+    def check(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.isfinite(output.logits).all():
+            handle.remove()
+            raise non_finite(model, {}, lambda: model(*args, **kwargs))
+
+    handle = model.register_forward_hook(check, with_kwargs=True)
+    try:
+        found = simple_evaluate(wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager)
+    finally:
+        handle.remove()
+    return found["results"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import judging
-from lib.generation import map_batches
+from lib.generation import map_batches, non_finite
 from lib.prompts import encode
 
 EPSILON = 1e-8
@@ -50,12 +50,14 @@ def refusal_scores(
     tokens: Sequence[int],
     protocol: str = "chat",
 ) -> np.ndarray:
-    """Log-odds [prompts], float64, of the refusal tokens at the first answer position."""
+    """Log-odds [prompts], float64, of the refusal tokens at the first answer position. Raises NonFiniteError."""
     encoded = encode(tokenizer, prompts, protocol)
     scores = np.zeros(len(encoded))
 
     def score(batch: dict[str, Tensor], rows: list[int]) -> None:
         logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1]
+        if not torch.isfinite(logits).all():
+            raise non_finite(model, batch)
         p = logits.double().softmax(-1)[:, list(tokens)].sum(-1)
         scores[rows] = (torch.log(p + EPSILON) - torch.log1p(EPSILON - p)).cpu().numpy()
 

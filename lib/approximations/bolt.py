@@ -9,7 +9,7 @@ confidence). The code evaluates GELU with 11 fraction bits in a ring of 20 and k
 bits: fine for BERT, and available here as `published`.
 
 Our constructions: SiLU (same form, refitted by the same recipe, cut-off 6.5 where the polynomial's error and the cut
-tail are equally large), other degrees, RMSNorm (LayerNorm without the mean), and the 37-bit softmax sum for decoders.
+tail are equally large), other degrees, RMSNorm (LayerNorm without the mean), and a softmax sum in the whole ring.
 """
 
 from __future__ import annotations
@@ -90,22 +90,17 @@ def _even_part(kind: str, degree: int) -> fixed_point.Table:
 
 
 def _activation(
+    kind: str,
     x: Tensor,
-    arithmetic: str = "fixed",
+    arithmetic: str,
     degree: int = PUBLISHED_DEGREE,
     fraction_bits: int = FRACTION_BITS,
     ring_bits: int = RING_BITS,
     output_bits: int | None = None,
-    *,
-    kind: str,
 ) -> Tensor:
-    """x/2 + P(|x|) below the cut-off of `kind`, else max(x, 0).
-
-    output_bits: fraction bits kept of the result by a floor; None keeps all. Beyond |x| = 2^(ring_bits - fraction_bits
-    - 1) the fixed-point input wraps.
-    """
+    """x/2 + P(|x|) below the cut-off of `kind`, else max(x, 0)."""
     cut_off = CUT_OFF[kind]
-    if is_real("bolt", arithmetic):
+    if is_real(arithmetic):
         in_t = coefficients(kind, degree)
 
         def formula(wide: Tensor) -> Tensor:
@@ -123,10 +118,18 @@ def _activation(
     return fixed_point.decode(result >> (fraction_bits - output_bits), output_bits, x)
 
 
-gelu = partial(_activation, kind="gelu")
-"""Cut-off 2.7; largest error 9.4e-3, the jump there. The public code computes in (20, 11) and keeps 4 bits."""
-silu = partial(_activation, kind="silu")
-"""Cut-off 6.5, with the minimax of SiLU(y) - y/2 on [0, 6.5]. Our construction."""
+def gelu(x: Tensor, arithmetic: str = "fixed", **constants: Any) -> Tensor:
+    """Cut-off 2.7; largest error 9.4e-3, the jump there. The public code computes in (20, 11) and keeps 4 bits.
+
+    constants: degree, fraction_bits s, ring_bits l, output_bits: fraction bits kept of the result by a floor; None
+    keeps all. In fixed point the input wraps beyond |x| = 2^(l - s - 1).
+    """
+    return _activation("gelu", x, arithmetic, **constants)
+
+
+def silu(x: Tensor, arithmetic: str = "fixed", **constants: Any) -> Tensor:
+    """Cut-off 6.5, with the minimax of SiLU(y) - y/2 on [0, 6.5]. Our construction. constants: as of `gelu`."""
+    return _activation("silu", x, arithmetic, **constants)
 
 
 def _exp_real(x: Tensor) -> Tensor:
@@ -147,29 +150,33 @@ def _exp_table(fraction_bits: int) -> Tensor:
     return values
 
 
-exp = partial(fixed_point.exp, real=_exp_real, table=_exp_table)
-"""e^x for x <= 0 (positive x reads as 0): range reduction by ln 2 and a quadratic. Max relative error 3.1e-3."""
-softmax = partial(fixed_point.softmax, real=_exp_real, table=_exp_table)
-"""Softmax over visible keys, scores [..., query, key]. The public code has sum_bits=19: a sum of 128 wraps."""
+def exp(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
+    """e^x for x <= 0 (positive x reads as 0): range reduction by ln 2 and a quadratic. Max relative error 3.1e-3."""
+    return fixed_point.exp(_exp_real, _exp_table, x, arithmetic, fraction_bits)
+
+
+def softmax(scores: Tensor, visible: Tensor, arithmetic: str = "fixed", **constants: Any) -> Tensor:
+    """Softmax over visible keys, scores [..., query, key]. The public code has sum_bits=19: a sum of 128 wraps.
+
+    constants: fraction_bits, ring_bits, sum_bits.
+    """
+    return fixed_point.softmax(_exp_real, _exp_table, scores, visible, arithmetic, **constants)
 
 
 @dataclass(frozen=True)
 class Bolt(Polynomialization):
     """BOLT in a decoder. Dose axes: `parts`, `fraction_bits` (of the fixed arithmetic), `degree` (of the activation).
 
-    Default: the published functions with all fraction bits kept and a ring no decoder overflows. `published`: the
-    activation in a ring of 20 bits with one fraction bit less and 4 bits kept, softmax sums in 19 bits, everything else
-    in 37, normalisation cut to 5 bits (the public code cuts it after the learned weight, here it is cut before).
+    Default: the published functions with all fraction bits kept and a ring of 48 bits, where a sum of squares wraps at
+    2^35 (at 12 fraction bits). `published`: the activation in a ring of 20 bits with one fraction bit less and 4 bits
+    kept, softmax sums in 19 bits, everything else in 37, normalisation cut to 5 bits (the public code cuts it after the
+    learned weight, here it is cut before).
     """
 
     name: ClassVar[str] = "bolt"
+    choices = Polynomialization.choices | {"fraction_bits": VALID_FRACTION_BITS, "degree": DEGREES}
     fraction_bits: int = FRACTION_BITS
     degree: int = PUBLISHED_DEGREE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.name, "fraction_bits", self.fraction_bits, VALID_FRACTION_BITS)
-        check_choice(self.name, "degree", self.degree, DEGREES)
 
     def operation(self, operation: str, layer: int, state: State | None, site: str = "") -> Callable[..., Tensor]:
         check_choice(self.name, "operation", operation, self.operations)

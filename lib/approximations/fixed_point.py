@@ -27,7 +27,7 @@ Table = Callable[[int], Tensor]
 RING_BITS = 37
 FRACTION_BITS = 12
 WIDE_RING_BITS = 48
-"""Bits of the ring that decoders need: the same integers as RING_BITS wherever that does not wrap."""
+"""Bits of the default ring: the same integers as in RING_BITS wherever that does not wrap."""
 MEAN_BITS = 24
 """Fraction bits of the public constant 1/n, twice those of the published activations."""
 VALID_FRACTION_BITS = tuple(range(2, 17))
@@ -70,7 +70,7 @@ def floor_log2(v: Tensor) -> Tensor:
 def lookup(table: Table, fraction_bits: int, index: Tensor) -> Tensor:
     """table(s)[index]; an index outside the table reads its first or last entry."""
     values = _on_device(table, fraction_bits, index.device)
-    return values.index_select(0, index.clamp(0, len(values) - 1).view(-1)).view(index.shape)
+    return values.index_select(0, index.clamp(0, len(values) - 1).reshape(-1)).view(index.shape)
 
 
 @lru_cache(maxsize=64)
@@ -95,22 +95,17 @@ def reciprocal_cells(fraction_bits: int, device: torch.device | None = None) -> 
     return z, (1 / (2 * k) + z.sqrt()) / z
 
 
-def _reciprocal_slopes(fraction_bits: int) -> Tensor:
-    m = reciprocal_index_bits(fraction_bits)
-    return (2.0 ** (m + 3) / reciprocal_cells(fraction_bits)[0]).floor().to(torch.int64)
-
-
-def _reciprocal_intercepts(fraction_bits: int) -> Tensor:
-    m = reciprocal_index_bits(fraction_bits)
-    return (2.0 ** (2 * m + 2) * reciprocal_cells(fraction_bits)[1]).floor().to(torch.int64)
+def _reciprocal_table(fraction_bits: int) -> Tensor:
+    """Per cell: slope and intercept of its line, int64 [2, k]."""
+    m, (squares, intercepts) = reciprocal_index_bits(fraction_bits), reciprocal_cells(fraction_bits)
+    lines = torch.stack((2.0 ** (m + 3) / squares, 2.0 ** (2 * m + 2) * intercepts))
+    return lines.floor().to(torch.int64)
 
 
 def reciprocal_normalised(b: Tensor, b_bits: int, fraction_bits: int) -> Tensor:
     """1/B at scale s for B in [1, 2) at scale `b_bits`: one line per table cell, no iteration."""
     m, q = reciprocal_index_bits(fraction_bits), b_bits
-    index = (b >> (q - m)) & (2**m - 1)
-    slope = lookup(_reciprocal_slopes, fraction_bits, index)
-    intercept = lookup(_reciprocal_intercepts, fraction_bits, index)
+    slope, intercept = _on_device(_reciprocal_table, fraction_bits, b.device)[:, (b >> (q - m)) & (2**m - 1)]
     rest = b & (2 ** (q - m) - 1)
     return ((intercept << (q + 1 - m)) - slope * rest) >> (q + m + 3 - fraction_bits)
 
@@ -194,53 +189,45 @@ def rsqrt_real(v: Tensor, fraction_bits: int = FRACTION_BITS) -> Tensor:
 
 def reciprocal(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
     """1/x for x > 0 by the table of lines. "real" keeps the table and drops the rounding."""
-    if is_real("reciprocal", arithmetic):
+    if is_real(arithmetic):
         return real_valued(partial(reciprocal_real, fraction_bits=fraction_bits), x)
     return decode(divide_integers(2**fraction_bits, encode(x, fraction_bits), fraction_bits), fraction_bits, x)
 
 
 def rsqrt(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
     """1/sqrt(x) for x > 0 by table and Newton step. "real" keeps both and drops the rounding."""
-    if is_real("rsqrt", arithmetic):
+    if is_real(arithmetic):
         return real_valued(partial(rsqrt_real, fraction_bits=fraction_bits), x)
     return decode(rsqrt_integers(encode(x, fraction_bits), fraction_bits), fraction_bits, x)
 
 
-def exp(
-    x: Tensor,
-    arithmetic: str = "fixed",
-    fraction_bits: int = FRACTION_BITS,
-    *,
-    real: Callable[[Tensor], Tensor],
-    table: Table,
-) -> Tensor:
+def exp(real: Callable[[Tensor], Tensor], table: Table, x: Tensor, arithmetic: str, fraction_bits: int) -> Tensor:
     """e^x for x <= 0 (positive x reads as 0).
 
     real: the function in floating point. table: of e^-a over a = 0, 1, ... units; its last entry is 0.
     """
-    if is_real("exp", arithmetic):
+    if is_real(arithmetic):
         return real_valued(real, x.clamp(max=0))
     magnitude = -encode(x.clamp(max=0), fraction_bits, 63)
     return decode(lookup(table, fraction_bits, magnitude), fraction_bits, x)
 
 
 def softmax(
+    real: Callable[[Tensor], Tensor],
+    table: Table,
     scores: Tensor,
     visible: Tensor,
-    arithmetic: str = "fixed",
+    arithmetic: str,
     fraction_bits: int = FRACTION_BITS,
     ring_bits: int = RING_BITS,
     sum_bits: int | None = None,
-    *,
-    real: Callable[[Tensor], Tensor],
-    table: Table,
 ) -> Tensor:
     """exp(x - max) / sum over visible keys, with the table reciprocal; real and table as in `exp`.
 
     scores [..., query, key]; visible bool, broadcastable. sum_bits: width of the unsigned sum and of the division,
     where a sum of 2^(sum_bits - s) or more wraps; None keeps the ring. Rows without a visible key are 0.
     """
-    if is_real("softmax", arithmetic):
+    if is_real(arithmetic):
         return softmax_real(scores, visible, real, partial(reciprocal_real, fraction_bits=fraction_bits))
     filled, largest = fill_invisible(scores, visible)
     magnitude = encode(largest, fraction_bits, ring_bits) - encode(filled, fraction_bits, ring_bits)
@@ -264,7 +251,7 @@ def normalise(
     No epsilon: 12 fraction bits cannot hold one. The sum of squares wraps at 2^(l-s-1). output_bits: fraction bits kept
     of the result by a floor; None keeps all.
     """
-    if is_real("normalise", arithmetic):
+    if is_real(arithmetic):
         return normalise_real(x, partial(rsqrt_real, fraction_bits=fraction_bits))
     s, share = fraction_bits, 2**MEAN_BITS // x.shape[-1]
     encoded = encode(x, s, ring_bits)

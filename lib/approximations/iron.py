@@ -50,8 +50,14 @@ CUBIC, ROOT = 0.044715, math.sqrt(2 / math.pi)
 DIGIT_BITS = 8
 
 
-def _exp_digits(a: Tensor, input_bits: int, output_bits: int) -> Tensor:
-    """e^-a at scale `output_bits` for a >= 0 at scale `input_bits`: a table per 8-bit digit, multiplied as a tree."""
+@lru_cache(maxsize=64)
+def _exp_table(output_bits: int, input_bits: int | None = None) -> Tensor:
+    """e^-a at scale `output_bits` for a = 0, 1, 2, ... at scale `input_bits`, up to where it is 0 for good.
+
+    A table per 8-bit digit of a, multiplied as a tree; floors can only lower the product. None: the same scale.
+    """
+    input_bits = output_bits if input_bits is None else input_bits
+    a = torch.arange(math.ceil(output_bits * math.log(2) * 2**input_bits) + 2)
     factors = []
     for digit in range(math.ceil(RING_BITS / DIGIT_BITS)):
         values = (a >> (DIGIT_BITS * digit)) & (2**DIGIT_BITS - 1)
@@ -61,13 +67,6 @@ def _exp_digits(a: Tensor, input_bits: int, output_bits: int) -> Tensor:
         pairs = [(a * b) >> output_bits for a, b in zip(factors[::2], factors[1::2], strict=False)]
         factors = pairs + factors[2 * len(pairs) :]
     return factors[0]
-
-
-@lru_cache(maxsize=64)
-def _exp_table(output_bits: int, input_bits: int | None = None) -> Tensor:
-    """`_exp_digits` of 0, 1, 2, ... up to where it is 0 for good: floors can only lower e^-a 2^s below 1."""
-    input_bits = output_bits if input_bits is None else input_bits
-    return _exp_digits(torch.arange(math.ceil(output_bits * math.log(2) * 2**input_bits) + 2), input_bits, output_bits)
 
 
 def _inverse_of_one_plus(e: Tensor, fraction_bits: int) -> Tensor:
@@ -101,7 +100,7 @@ def _real_lines(fraction_bits: int, dtype: torch.dtype, device: torch.device) ->
 def _real_inverse_of_one_plus(e: Tensor, fraction_bits: int) -> Tensor:
     """1/(1 + E) for E in [0, 1]: `fixed_point.reciprocal_real` where its argument is normalised already."""
     intercepts, slopes = _real_lines(fraction_bits, e.dtype, e.device)
-    cell = (e * len(slopes)).to(torch.int32).clamp_(0, len(slopes) - 1).view(-1)
+    cell = (e * len(slopes)).to(torch.int32).clamp_(0, len(slopes) - 1).reshape(-1)
     return intercepts.index_select(0, cell).view(e.shape).addcmul_(slopes.index_select(0, cell).view(e.shape), e)
 
 
@@ -121,7 +120,7 @@ def gelu(
     x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS, ring_bits: int = RING_BITS
 ) -> Tensor:
     """GELU_tanh by the table tanh; at most 9 units of 2^-12 off on [-16, 16]. In (37, 12) x^3 wraps from |x| = 256."""
-    if is_real("iron", arithmetic):
+    if is_real(arithmetic):
         return real_valued(partial(_gelu_real, fraction_bits=fraction_bits), x, torch.float32)
     s, product = fraction_bits, partial(multiply, shift=fraction_bits, ring_bits=ring_bits)
     encoded = encode(x, s, ring_bits)
@@ -135,7 +134,7 @@ def silu(
     x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS, ring_bits: int = RING_BITS
 ) -> Tensor:
     """x sigmoid(x) by the table sigmoid. Our construction; Iron defines no SiLU."""
-    if is_real("iron", arithmetic):
+    if is_real(arithmetic):
         return real_valued(partial(_silu_real, fraction_bits=fraction_bits), x, torch.float32)
     encoded = encode(x, fraction_bits, ring_bits)
     middle = len(_exp_table(fraction_bits)) - 1
@@ -143,10 +142,17 @@ def silu(
     return decode(multiply(encoded, sigmoid, fraction_bits, ring_bits), fraction_bits, x)
 
 
-exp = partial(fixed_point.exp, real=torch.exp, table=_exp_table)
-"""e^x for x <= 0 (positive x reads as 0) by the digit tables, whose exact entries multiply to e^x itself."""
-softmax = partial(fixed_point.softmax, real=torch.exp, table=_exp_table)
-"""Softmax over visible keys, scores [..., query, key]; each row is divided by its sum with the table reciprocal."""
+def exp(x: Tensor, arithmetic: str = "fixed", fraction_bits: int = FRACTION_BITS) -> Tensor:
+    """e^x for x <= 0 (positive x reads as 0) by the digit tables, whose exact entries multiply to e^x itself."""
+    return fixed_point.exp(torch.exp, _exp_table, x, arithmetic, fraction_bits)
+
+
+def softmax(scores: Tensor, visible: Tensor, arithmetic: str = "fixed", **constants: Any) -> Tensor:
+    """Softmax over visible keys, scores [..., query, key]; each row is divided by its sum with the table reciprocal.
+
+    constants: fraction_bits, ring_bits.
+    """
+    return fixed_point.softmax(torch.exp, _exp_table, scores, visible, arithmetic, **constants)
 
 
 @dataclass(frozen=True)
@@ -154,15 +160,12 @@ class Iron(Polynomialization):
     """Iron in a decoder. Dose axes: `parts`, `fraction_bits`.
 
     `published` is the ring of 37 bits, where GELU wraps at |x| = 256 and a sum of squares at 2^24. The default holds
-    the same integers in a ring that no decoder overflows.
+    the same integers in a ring of 48 bits, where they wrap at 3251 and 2^35 (at 12 fraction bits).
     """
 
     name: ClassVar[str] = "iron"
+    choices = Polynomialization.choices | {"fraction_bits": VALID_FRACTION_BITS}
     fraction_bits: int = FRACTION_BITS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.name, "fraction_bits", self.fraction_bits, VALID_FRACTION_BITS)
 
     def operation(self, operation: str, layer: int, state: State | None, site: str = "") -> Callable[..., Tensor]:
         check_choice(self.name, "operation", operation, self.operations)

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lib.approximations.polynomialization import Polynomialization, by_kind, normalise_real, real_valued, softmax_real
+from lib.approximations.polynomialization import Polynomialization, by_kind, normalise_real, softmax_real
 from lib.approximations.technique import State, Statistics, calibrated, check_choice, evaluate_polynomial
 
 GELU_CUT_OFF, SILU_CUT_OFF = 3.5, 7.0
@@ -53,6 +53,12 @@ LINE = (0.129054537, -1.29054537e-4)
 NORM_RANGE = (5.0, 900.0)
 """Where the inverse root holds to 1e-4."""
 NORM_SITES = ("norm_attn", "norm_mlp", "norm_attn_post", "norm_mlp_post", "norm_q", "norm_k")
+
+
+def _wide(x: Tensor, arithmetic: str, least: torch.dtype = torch.float64) -> Tensor:
+    """x in its own dtype or in `least`, whichever is wider. ValueError for another arithmetic than "real"."""
+    check_choice("nexus", "arithmetic", arithmetic, Nexus.choices["arithmetic"])
+    return x.to(torch.promote_types(x.dtype, least))
 
 
 @torch.no_grad()
@@ -99,8 +105,8 @@ def gelu(x: Tensor, arithmetic: str = "real", largest: float = GELU_RANGE, adapt
     anything at R = 32. Without it the rounding of S, times A(x), grows like x^12 and drowns the result above 50 or so.
     Ciphertexts cannot be clamped: a system for such ranges would need a wider A.
     """
-    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
-    return real_valued(lambda wide: _segments(wide, GELU, GELU_CUT_OFF, largest, adapted), x, torch.float32)
+    wide = _wide(x, arithmetic, torch.float32)
+    return _segments(wide, GELU, GELU_CUT_OFF, largest, adapted).to(x.dtype)
 
 
 def silu(
@@ -110,37 +116,29 @@ def silu(
     adapted: bool = False,
 ) -> Tensor:
     """SiLU in the form of GELU with T = 7, our construction. Default R: in proportion to GELU's, 10."""
-    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
-    return real_valued(lambda wide: _segments(wide, SILU, SILU_CUT_OFF, largest, adapted), x, torch.float32)
-
-
-def _exp(x: Tensor) -> Tensor:
-    base = 1 + x * 2.0**-SQUARINGS
-    for _ in range(SQUARINGS):
-        base = base.square()
-    return base
+    wide = _wide(x, arithmetic, torch.float32)
+    return _segments(wide, SILU, SILU_CUT_OFF, largest, adapted).to(x.dtype)
 
 
 def exp(x: Tensor, arithmetic: str = "real") -> Tensor:
     """(1 + x/128)^128 without clipping: grows again below -128."""
-    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
-    return real_valued(_exp, x)
+    base = 1 + _wide(x, arithmetic) * 2.0**-SQUARINGS
+    for _ in range(SQUARINGS):
+        base = base.square()
+    return base.to(x.dtype)
 
 
-def _reciprocal(x: Tensor, prescale: float | Tensor, iterations: int | Tensor) -> Tensor:
+def reciprocal(
+    x: Tensor, arithmetic: str = "real", prescale: float | Tensor = PRESCALE, iterations: int | Tensor = ITERATIONS
+) -> Tensor:
+    """1/x for 0 < x < 2 / prescale, by a product of 1 + iterations factors. Both constants may differ by element."""
     rounds = torch.as_tensor(iterations, device=x.device)
-    power = 1 - prescale * x
+    power = 1 - prescale * _wide(x, arithmetic)
     result = 1 + power
     for i in range(int(rounds.max())):
         power = power.square()
         result = torch.where(rounds > i, result * (1 + power), result)
-    return prescale * result
-
-
-def reciprocal(x: Tensor, arithmetic: str = "real", prescale: float = PRESCALE, iterations: int = ITERATIONS) -> Tensor:
-    """1/x for 0 < x < 2 / prescale, by a product of 1 + iterations factors."""
-    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
-    return real_valued(partial(_reciprocal, prescale=prescale, iterations=iterations), x)
+    return (prescale * result).to(x.dtype)
 
 
 def softmax_constants(n_keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,17 +155,17 @@ def softmax(scores: Tensor, visible: Tensor, arithmetic: str = "real", published
     a batch is padded). A visible score more than 256 below the maximum explodes.
     published: no maximum, d = 0.01, k = 4, good for scores within [-10, 0] and sums near 100.
     """
-    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
     if not published:
         d, k = softmax_constants(visible.expand_as(scores).sum(-1, keepdim=True))
-        return softmax_real(scores, visible, _exp, partial(_reciprocal, prescale=d, iterations=k))
-    weights = _exp(scores.to(torch.float64).masked_fill(~visible, 0)).masked_fill(~visible, 0)
-    total = weights.sum(-1, keepdim=True)
-    return (weights * _reciprocal(total, PRESCALE, ITERATIONS)).to(scores.dtype)
+        exponential, inverse = partial(exp, arithmetic=arithmetic), partial(reciprocal, prescale=d, iterations=k)
+        return softmax_real(scores, visible, exponential, inverse)
+    weights = exp(_wide(scores, arithmetic).masked_fill(~visible, 0)).masked_fill(~visible, 0)
+    return (weights * reciprocal(weights.sum(-1, keepdim=True))).to(scores.dtype)
 
 
-def _rsqrt(v: Tensor, factor: float = 1.0) -> Tensor:
-    v = factor * v
+def rsqrt(x: Tensor, arithmetic: str = "real", factor: float = 1.0) -> Tensor:
+    """sqrt(K) rsqrt(K x) with K = factor: 1e-4 for K x in [4.7, 929], destroyed towards 0, explodes above 1000."""
+    v = factor * _wide(x, arithmetic)
     y = LINE[0] + LINE[1] * v
     for _ in range(4):
         y = 1.5 * y - 0.5 * v * y**3
@@ -175,19 +173,12 @@ def _rsqrt(v: Tensor, factor: float = 1.0) -> Tensor:
     for _ in range(2):
         rest = 0.5 - root * half
         root, half = root + root * rest, half + half * rest
-    return 2 * half * math.sqrt(factor)
-
-
-def rsqrt(x: Tensor, arithmetic: str = "real", factor: float = 1.0) -> Tensor:
-    """sqrt(K) rsqrt(K x) with K = factor: 1e-4 for K x in [4.7, 929], destroyed towards 0, explodes above 1000."""
-    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
-    return real_valued(partial(_rsqrt, factor=factor), x)
+    return (2 * half * math.sqrt(factor)).to(x.dtype)
 
 
 def normalise(x: Tensor, arithmetic: str = "real", factor: float = 1.0) -> Tensor:
     """x rsqrt(mean(x^2)) over the last axis, no epsilon. The published LayerNorm subtracts no mean either."""
-    check_choice("nexus", "arithmetic", arithmetic, Nexus.arithmetics)
-    return normalise_real(x, partial(_rsqrt, factor=factor))
+    return normalise_real(x, partial(rsqrt, arithmetic=arithmetic, factor=factor))
 
 
 @dataclass(frozen=True)
@@ -196,21 +187,20 @@ class Nexus(Polynomialization):
 
     R is range_margin times the largest calibrated |gate| of the layer; a prescale K per norm puts its calibrated mean
     squares, the largest times range_margin too, into [5, 900]. Room above matters: massive activations differ between
-    prompts, and the iteration turns its sign above K v = 1000 and explodes soon after. Mean squares of unseen prompts
-    reach 2.3 times the calibrated ones on our organism, which margin 2 does not hold. Room costs accuracy in the norm
-    only, where mean squares spread: its largest relative error there is 2e-2 at margin 4, 0.1 at 8, 0.25 at 16.
-    `published`: the constants of the code, no calibration.
+    prompts, and the iteration turns its sign above K v = 1000 and explodes soon after. Room costs accuracy below, in
+    norms whose mean squares spread widely; docs/methods.md has figures. `published`: the constants of the code, no
+    calibration.
     """
 
     name: ClassVar[str] = "nexus"
-    arithmetics: ClassVar[tuple[str, ...]] = ("real",)
+    choices = Polynomialization.choices | {"arithmetic": ("real",)}
     arithmetic: str = "real"
     range_margin: float = 4.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.range_margin >= 1:
-            raise ValueError(f"nexus: range_margin={self.range_margin!r} is not valid; choose a number of at least 1")
+        if not 1 <= self.range_margin < math.inf:
+            raise ValueError(f"nexus: range_margin={self.range_margin} is not valid; choose a number of at least 1")
 
     @property
     def needs_calibration(self) -> bool:

@@ -57,7 +57,8 @@ class Noise(Technique, ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "where", tuple(self.where))
+        where = (self.where,) if isinstance(self.where, str) else self.where
+        object.__setattr__(self, "where", tuple(dict.fromkeys(where)))  # twice the same draws would double the noise
         for place in self.where:
             check_choice(self.name, "where", place, tuple(HISTOGRAMS))
         if not (math.isfinite(self.level) and self.level >= 0):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lib.approximations.technique import OPERATIONS, Technique, check_choice
 
+ARITHMETICS = ("real", "fixed")
 BLOCK = 2**15
 
 
@@ -25,12 +26,13 @@ class Polynomialization(Technique):
 
     parts: the operations it replaces, any non-empty subset of "activation", "softmax", "norm", in any order.
     arithmetic: "real" evaluates the formulas in floating point, "fixed" emulates the ring arithmetic bit by bit.
-    published: the literal system of the paper; what its ranges cannot hold wraps or explodes. The default adapts the
-        ranges, and nothing else, to decoders.
+    published: the literal system of the paper; what its ranges cannot hold wraps or explodes. The default is adapted to
+        decoders: each system says how.
+    choices: the valid values of settings that have a list of them.
     """
 
     category: ClassVar[str] = "polynomialization"
-    arithmetics: ClassVar[tuple[str, ...]] = ("real", "fixed")
+    choices: ClassVar[dict[str, tuple[object, ...]]] = {"arithmetic": ARITHMETICS, "published": (False, True)}
 
     parts: tuple[str, ...] = OPERATIONS
     arithmetic: str = "fixed"
@@ -42,12 +44,11 @@ class Polynomialization(Technique):
             raise ValueError(f"{self.name}: parts is empty; choose at least one of {', '.join(OPERATIONS)}")
         for part in parts:
             check_choice(self.name, "parts", part, OPERATIONS)
-        check_choice(self.name, "arithmetic", self.arithmetic, self.arithmetics)
-        if self.published:
-            for field in fields(self):
-                if field.name not in ("parts", "published"):
-                    value = getattr(self, field.name)
-                    check_choice(f"{self.name} (published)", field.name, value, (field.default,))
+        for name, valid in self.choices.items():
+            check_choice(self.name, name, getattr(self, name), valid)
+        for field in fields(self) if self.published else ():
+            if field.name not in ("parts", "published"):
+                check_choice(f"{self.name} (published)", field.name, getattr(self, field.name), (field.default,))
         object.__setattr__(self, "parts", tuple(part for part in OPERATIONS if part in parts))
 
     @property
@@ -55,9 +56,10 @@ class Polynomialization(Technique):
         return self.parts
 
 
-def is_real(system: str, arithmetic: str) -> bool:
+def is_real(arithmetic: str) -> bool:
     """Whether the arithmetic is "real", not "fixed". ValueError for any other."""
-    check_choice(system, "arithmetic", arithmetic, Polynomialization.arithmetics)
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(f"arithmetic={arithmetic!r} is not valid; choose one of {', '.join(ARITHMETICS)}")
     return arithmetic == "real"
 
 

@@ -151,8 +151,8 @@ class Technique:
 
 
 def check_choice(technique: str, name: str, value: object, valid: tuple[object, ...]) -> None:
-    """ValueError that names the bad value and lists the valid ones."""
-    if value not in valid:
+    """ValueError that names the bad value and lists the valid ones; 12.0 is not the whole number 12."""
+    if value not in valid or (isinstance(value, float) and all(isinstance(one, int) for one in valid)):
         raise ValueError(f"{technique}: {name}={value!r} is not valid; choose one of {', '.join(map(str, valid))}")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from lib import models
 from lib.approximations import make
+from lib.generation import NonFiniteError
 from lib.harness import evaluate
 from lib.patching import approximated
 
@@ -51,6 +52,13 @@ def test_a_local_task_runs_on_the_exact_and_on_the_patched_model(folder):
     assert exact["acc,none"] > 0.5 > ruined["acc,none"] and 0 < ruined["acc_stderr,none"] < 0.1
     with pytest.raises(ValueError, match="unknown task local_fact"):
         evaluate(model, tokenizer, ["local_fact"], task_folder=folder)
+
+
+def test_logits_that_are_not_finite_are_a_failure_never_an_accuracy(folder):
+    model, tokenizer = models.load("tiny-llama")
+    with approximated(model, make("nexus", published=True)), pytest.raises(NonFiniteError, match="first at layer"):
+        evaluate(model, tokenizer, ["local_facts"], limit=8, task_folder=folder)
+    assert not model._forward_hooks
 
 
 @pytest.mark.parametrize(("prompt", "alone"), [("last_half", True), ("all", False)])

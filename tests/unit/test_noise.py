@@ -88,6 +88,7 @@ def test_places_and_settings() -> None:
     assert not Gaussian().per_token and not Gaussian().needs_calibration
     settings = {"where": ("act",), "relative": False, "seed": 0, "std": 0.1, "laplace_down": 0.0}
     assert Gaussian(std=0.1, where=("act",)).settings == settings
+    assert Gaussian(where="act") == Gaussian(where=("act", "act")) == Gaussian(where=("act",))
     with pytest.raises(ValueError, match="gaussian: where='ffn' is not valid; choose one of norm, norm_final, act"):
         Gaussian(where=("ffn",))
     with pytest.raises(ValueError, match="-1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -65,11 +66,21 @@ def test_parts_are_a_set(cls):
     (Iron, {"arithmetic": "float"}, "real, fixed"), (Nexus, {"arithmetic": "fixed"}, "choose one of real"),
     (Iron, {"fraction_bits": 1}, "2, 3"), (Bolt, {"fraction_bits": 17}, "2, 3"), (Bolt, {"degree": 0}, "1, 2"),
     (BumbleBee, {"fraction_bits": 21}, "2, 3"), (Nexus, {"range_margin": 0.5}, "at least 1"),
-    (Bolt, {"published": True, "fraction_bits": 8}, "choose one of 12"),
+    (Bolt, {"published": True, "fraction_bits": 8}, "choose one of 12"), (Iron, {"published": "no"}, "False, True"),
+    (Nexus, {"range_margin": float("inf")}, "at least 1"),
 ])  # fmt: skip
 def test_wrong_settings_name_the_valid_ones(cls, wrong, valid):
     with pytest.raises(ValueError, match=valid):
         cls(**wrong)
+
+
+@pytest.mark.parametrize("system", FIXED)
+@pytest.mark.parametrize("name", ["gelu", "silu", "exp", "softmax", "reciprocal", "rsqrt", "normalise"])
+def test_functions_are_documented_and_refuse_another_arithmetic(system, name):
+    function, x = getattr(system, name), torch.ones(3)
+    assert function.__name__ == name and function.__doc__ and "arithmetic" in signature(function).parameters
+    with pytest.raises(ValueError, match=r"^arithmetic='float' is not valid; choose one of real, fixed"):
+        function(x, *[x > 0] * (name == "softmax"), arithmetic="float")
 
 
 def test_nexus_has_no_fixed_point():
@@ -99,7 +110,7 @@ def test_operations_keep_type_shape_and_input(cls, published, dtype, causal):
     assert torch.equal(x, before) and torch.equal(scores, scores_before)
 
 
-@pytest.mark.parametrize(("cls", "arithmetic"), [(cls, kind) for cls in TECHNIQUES for kind in cls.arithmetics])
+@pytest.mark.parametrize(("cls", "arithmetic"), [(c, kind) for c in TECHNIQUES for kind in c.choices["arithmetic"]])
 def test_softmax_respects_the_mask(cls, arithmetic, causal):
     scores, visible = causal
     softmax = operation(cls(arithmetic=arithmetic), "softmax")
@@ -215,6 +226,18 @@ def test_published_rings_wrap_and_the_default_ring_does_not():
         assert bool((weights.sum() - 1).abs() > 0.5) == wraps
 
 
+def test_the_default_rings_wrap_where_their_documentation_says():
+    def error(technique, x, operation="norm"):
+        row = torch.full((1, 1024), x, dtype=torch.float64)
+        function = technique.operation(operation, 0, None)
+        return (function(row, "gelu") - row if operation == "activation" else function(row, 1e-6) - 1).abs().max()
+
+    assert error(BumbleBee(), 11_500.0) < 0.1 and error(BumbleBee(), 11_600.0) > 1e6
+    for cls in (Iron, Bolt):
+        assert error(cls(), (2**34.9 / 1024) ** 0.5) < 2 and error(cls(), (2**35.1 / 1024) ** 0.5) > 1e5
+    assert error(Iron(), 3240.0, "activation") < 1 and error(Iron(), 3260.0, "activation") > 3000
+
+
 def test_the_wide_ring_holds_the_same_integers():
     x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3
     for function in (iron.gelu, iron.silu, bolt.gelu, bolt.silu, iron.normalise):
@@ -302,6 +325,14 @@ def test_activations_in_float32_are_those_in_float64(system, name, tolerance, la
     error = (function(x) - wide).abs() / x.double().abs().clamp(min=1)
     assert error.max() < tolerance
     assert torch.equal(function(x.bfloat16()), function(x.bfloat16().float()).bfloat16())
+
+
+@pytest.mark.parametrize("system", (*FIXED, nexus))
+@pytest.mark.parametrize("name", ["gelu", "silu", "exp", "reciprocal", "rsqrt", "normalise"])
+def test_memory_order_changes_nothing(system, name):
+    function, x = getattr(system, name), torch.rand(3, 5, 64, generator=torch.Generator().manual_seed(0)).mT + 0.1
+    for arithmetic in ("real", "fixed")[: 1 if system is nexus else 2]:
+        assert torch.equal(function(x, arithmetic=arithmetic), function(x.contiguous(), arithmetic=arithmetic))
 
 
 def test_blocks_change_nothing():

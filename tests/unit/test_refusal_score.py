@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lib import refusal_score
+from lib.generation import NonFiniteError
 from tests.families import random_model
 from tests.integration.test_utility import Bytes
 
@@ -25,6 +26,13 @@ def test_scores_are_log_odds_of_the_next_token():
         with torch.no_grad():
             share = model(ids).logits[0, -1].double().softmax(-1)[tokens].sum()
         assert score == pytest.approx(float(torch.log(share + 1e-8) - torch.log(1 - share + 1e-8)), abs=1e-4)
+
+
+def test_a_score_that_is_not_finite_is_a_failure():
+    model = random_model("llama")
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="logits are NaN or infinite"):
+        refusal_score.refusal_scores(model, Bytes(), ["Sing."], [5])
 
 
 def test_tokens_are_those_that_refusals_begin_with_and_answers_do_not():
