@@ -1,8 +1,8 @@
 """The graph of jobs: one job is one notebook for one model; the report waits for all others.
 
-`lib.run` writes the plan (which jobs, with which parameters) and calls Snakemake in the results folder. A job runs again
-when its notebook or its parameters change, a report also when a table does; what its conditions need is decided by lib,
-which skips what is finished.
+`lib.workflow` writes the plan (which jobs, with which parameters) and calls Snakemake in the results folder. A job runs
+again when its notebook or its parameters change (the latter are forced by `lib.workflow`), a report also when a table
+does; what its conditions need is decided by lib, which skips what is finished.
 
 On a cluster a job asks for as many GPUs as hold its model (APPROX_GPU_GIGABYTES: memory of one), for memory of the
 machine through which the weights pass, and for one GPU and half as much memory more on every further attempt.
@@ -53,8 +53,6 @@ rule notebook:
         tables=tables,
     output:
         "{job}.ipynb",
-    params:
-        parameters=lambda wildcards: json.dumps(JOBS[wildcards.job]["parameters"], sort_keys=True),
     resources:
         mem_mb=memory,
         gpu=gpus,

@@ -5,7 +5,7 @@
 #   PIP_EXTRA_INDEX_URL=<index>   on a machine without GPU: an index of CPU builds of torch, which are much smaller
 # shellcheck shell=bash
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv="$root/.venv"
 needed_mb=4096
 
@@ -78,8 +78,9 @@ make_environment() {
         fail "Python's venv is missing; on Debian and Ubuntu: apt install $("$base" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
     free_mb=$(df -Pm "$root" | awk 'NR == 2 { print $4 }')
     [ "$free_mb" -ge "$needed_mb" ] || fail "$needed_mb MB of disk are needed in $root, and only $free_mb MB are free"
-    # An interrupted installation may have left packages half written: begin anew.
-    [ ! -f "$venv/unfinished" ] || fresh=(--clear)
+    # An interrupted installation may have left packages half written, and an upgrade may have removed the Python that
+    # the environment was made with: begin anew.
+    if [ -f "$venv/unfinished" ] || { [ -L "$venv/bin/python" ] && [ ! -e "$venv/bin/python" ]; }; then fresh=(--clear); fi
     echo "set-up 1/3: virtual environment in .venv"
     "$base" -m venv "${fresh[@]}" "$venv" || fail "cannot make a virtual environment in $venv"
     touch "$venv/unfinished" && rm -f "$venv/stamp"

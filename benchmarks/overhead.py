@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from lib import models
 from lib.approximations import Technique, make
 from lib.calibration import Calibration, window_length, windows
-from lib.experiment import describe
+from lib.conditions import describe
 from lib.generation import greedy
 from lib.organisms import corpus
 from lib.patching import approximated
@@ -118,7 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-llama", choices=organisms())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=[], help="names of techniques; no file is written")
+    names = sorted({technique.name for technique, _ in CASES})
+    parser.add_argument("--only", nargs="+", choices=names, default=[], help="these techniques; no file is written")
     options = parser.parse_args()
     model, tokenizer = models.load(options.model, "cpu", "float32")
     ids = windows(tokenizer, corpus.prose("train", 400), window_length(model))  # [windows, length]

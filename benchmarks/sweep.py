@@ -102,7 +102,7 @@ def worker(options: argparse.Namespace) -> None:
                 replies = generate(judged.model, judged.tokenizer, asked, NEW)
             judged.judge(asked, replies)
     else:
-        from lib.experiment import grid
+        from lib.conditions import grid
 
         study(options).sweep(grid("gaussian", std=tuple(stds(options.levels))))
 

@@ -43,8 +43,8 @@ FAST_SHARE = 0.12
 TINY_GIGABYTES = 0.00513
 GPU_BATCH, GPU_RATE, GPU_LOADING = 64, 1650.0, 120.0  # prompts, GB/s, s
 GPU_PASS, UNCAPTURED, UNCAPTURED_PASS = 0.01, ("04", "05"), 0.03  # s; noise cannot be captured
-PREPARATION = {"02": 1e6, "03": 6 * 20 * 16 * 2048 * 4}
-"""Notebook -> operations per weight: TEAL's greedy search; OmniQuant, 6 levels x 20 epochs x 16 windows."""
+PREPARATION = {"02": 1e6, "03": 6 * 10 * 16 * 2048 * 4}
+"""Notebook -> operations per weight: TEAL's greedy search; OmniQuant, 6 levels x 10 epochs x 16 windows."""
 GPU_FLOPS = 1e14
 UTILITY = 1.3  # perplexities and scores besides the replies
 PREFILL = 8  # passes that reading a batch of prompts is worth

@@ -7,6 +7,7 @@ when the run above them ends. A job holds a lock until its kernel is gone, so no
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +97,13 @@ def own_devices(gpus: list[str], workers: int) -> Iterator[int | None]:
     if workers == 1 or not gpus:
         yield None
         return
-    while True:
-        for slot in range(workers):
-            with ExitStack() as stack:
-                try:
-                    held = stack.enter_context(lock(locks_folder() / f"gpu-slot-{slot}", wait=0))
-                except TimeoutError:
-                    continue
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot::workers] or [gpus[slot % len(gpus)]])
-                yield held
-                return
-        time.sleep(1)
+    with ExitStack() as stack:
+        for slot in itertools.cycle(range(workers)):
+            with suppress(TimeoutError):
+                held = stack.enter_context(lock(locks_folder() / f"gpu-slot-{slot}", wait=0.2))
+                break
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot::workers] or [gpus[slot % len(gpus)]])
+        yield held
 
 
 def report(plan: dict[str, Any], key: str, state: str, **details: Any) -> None:

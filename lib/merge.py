@@ -12,16 +12,16 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.lib
 import pyarrow.parquet
+from safetensors import SafetensorError, safe_open
 
+from lib.parameters import UsageError
 from lib.paths import atomic
 
+STORED = ("replies", "verdicts", "records", "tables", "defended", "plans", "attacks")
+"""The folders in a model's folder."""
 SKIPPED = ("logs", ".snakemake")
-
-
-class MergeError(ValueError):
-    """A folder that cannot be taken in; the message is one line."""
+TRAINED = "defence.json"  # written last into a defended model's folder
 
 
 @dataclass(frozen=True)
@@ -34,41 +34,52 @@ class Merged:
 
 
 def merge(source: Path, target: Path) -> Merged:
-    """Copies what `target` lacks, each file whole or not at all. MergeError, before anything is copied, for a folder
+    """Copies what `target` lacks, each file whole or not at all. UsageError, before anything is copied, for a folder
     without results and for a file that cannot be read."""
     if not source.is_dir():
-        raise MergeError(f"there is no folder {source}")
+        raise UsageError(f"--import: there is no folder {source}")
     if source.resolve() == target.resolve():
-        raise MergeError(f"{source} is this run's own results folder")
-    files = [file for file in found(source) if not file.is_symlink()]
+        raise UsageError(f"--import: {source} is this run's own results folder")
+    files = found(source)
     if not files:
-        raise MergeError(f"{source} holds no results: no file under MODEL/replies, records, verdicts or tables")
+        raise UsageError(f"--import: {source} holds no results: no folder of a model with records or tables in it")
     for file in files:
-        check(file)
-    missing = [file for file in files if not (target / file.relative_to(source)).exists()]
+        check(source / file)
+    present = [file for file in files if whole(target, file)]
+    missing = sorted(set(files) - set(present), key=lambda file: (file.name == TRAINED, file))
     for file in missing:
-        with atomic(target / file.relative_to(source)) as temporary:
-            shutil.copyfile(file, temporary)
-    old = [file for file in files if file not in set(missing)]
-    other = [file for file in old if file.read_bytes() != (target / file.relative_to(source)).read_bytes()]
+        with atomic(target / file) as temporary:
+            shutil.copyfile(source / file, temporary)
+    other = [file for file in present if (source / file).read_bytes() != (target / file).read_bytes()]
     different = sum(file.parent.name != "records" for file in other)
-    return Merged(len(missing), len(old) - different, different)
+    return Merged(len(missing), len(present) - different, different)
 
 
 def found(source: Path) -> list[Path]:
-    """The result files of a folder's models, half-written and foreign ones left out."""
+    """The result files of a folder's models, relative to it; half-written and foreign ones and links are left out."""
     models = [path for path in sorted(source.iterdir()) if path.is_dir() and path.name not in SKIPPED]
     stores = [path for path in models if (path / "records").is_dir() or (path / "tables").is_dir()]
-    files = [file for store in stores for file in sorted(store.rglob("*")) if file.is_file()]
-    return [file for file in files if not file.name.startswith(".") and not file.stem.endswith(".failed")]
+    files = [file for store in stores for file in sorted(store.rglob("*")) if not file.is_symlink()]
+    names = [file.relative_to(source) for file in files if not file.stem.endswith(".failed")]
+    return [name for name in names if whole(source, name) and not any(part.startswith(".") for part in name.parts[1:])]
+
+
+def whole(folder: Path, name: Path) -> bool:
+    """Whether a results folder has the file `name` and, if it belongs to a defended model, has all of that model."""
+    trained = name.parts[1] != "defended" or (folder.joinpath(*name.parts[:3]) / TRAINED).is_file()
+    return trained and (folder / name).is_file()
 
 
 def check(file: Path) -> None:
-    """MergeError for a file that a transfer has cut off."""
+    """UsageError for a file that a transfer has cut off."""
     try:
         if file.suffix == ".parquet":
             pyarrow.parquet.read_metadata(file)
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "np"):
+                pass
         elif file.suffix in (".json", ".ipynb"):
             json.loads(file.read_text(encoding="utf-8"))
-    except (pyarrow.lib.ArrowInvalid, ValueError, OSError) as error:
-        raise MergeError(f"{file} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        why = str(error).partition("\n")[0]
+        raise UsageError(f"--import: {file} cannot be read ({why}); copy it again") from None

@@ -53,18 +53,26 @@ class Notebook:
 
 
 def read_notebooks(folder: Path) -> dict[str, Notebook]:
-    """All notebooks of a folder by number, in order. UsageError for one that cannot be read or takes no model."""
-    return {path.stem[:2]: read_notebook(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    """All notebooks of a folder by number, in order. UsageError for one that cannot be read or takes no model, for two
+    with one number, and if there are none."""
+    found: dict[str, Notebook] = {}
+    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+        notebook = read_notebook(path)
+        if (other := found.setdefault(notebook.number, notebook)) is not notebook:
+            raise UsageError(f"{other.name} and {notebook.name} in {folder} have the same number; rename one of them")
+    if not found:
+        raise UsageError(f"no notebook NN_name.ipynb in {folder}")
+    return found
 
 
 def read_notebook(path: Path) -> Notebook:
     """A notebook and its parameters, without running it."""
     try:
-        cells = json.loads(path.read_text())["cells"]
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
         source = "".join(tagged[0]["source"]) if tagged else ""
         parameters = {parameter.name: parameter for parameter in read_parameters(source)}
-    except (OSError, ValueError, KeyError, SyntaxError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise UsageError(f"{path} is not a readable notebook: {error}") from None
     if not {"model", "models"} & set(parameters):
         raise UsageError(f"{path.name} has no parameter 'model' in a cell tagged 'parameters'")

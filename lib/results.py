@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +29,8 @@ import pandas as pd
 
 from lib.errors import ChoiceError
 from lib.paths import ROOT, atomic, results_folder, safe_name, write_whole
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "statsmodels", "pandas")
 
@@ -43,6 +46,15 @@ def source_hash(*names: str) -> str:
     return content_key([file.read_text() for file in files])
 
 
+def read_whole(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file; None if it is not there, or is damaged, as a power failure may leave it."""
+    try:
+        return read(path) if path.is_file() else None
+    except (ValueError, OSError) as error:  # pyarrow's and JSON's own are among them
+        log.warning("%s is damaged (%s): computing it again", path, str(error).partition("\n")[0])
+        return None
+
+
 @dataclass(frozen=True)
 class Store:
     """The result files of one model."""
@@ -50,9 +62,8 @@ class Store:
     folder: Path
 
     def read_table(self, kind: str, key: str) -> pd.DataFrame | None:
-        """A stored table, or None if it has not been computed."""
-        path = self.folder / kind / f"{key}.parquet"
-        return pd.read_parquet(path) if path.is_file() else None
+        """A stored table, or None if it has to be computed."""
+        return read_whole(self.folder / kind / f"{key}.parquet", pd.read_parquet)
 
     def write_table(self, kind: str, key: str, table: pd.DataFrame) -> None:
         """Stores a table under (kind, key), whole or not at all."""
@@ -60,9 +71,8 @@ class Store:
             table.to_parquet(temporary, index=False)
 
     def read_record(self, key: str) -> dict[str, Any] | None:
-        """A stored record, or None if its condition has not been computed."""
-        path = self.folder / "records" / f"{key}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        """A stored record, or None if its condition has to be computed."""
+        return read_whole(self.folder / "records" / f"{key}.json", lambda path: json.loads(path.read_text()))
 
     def write_record(self, key: str, record: Mapping[str, Any]) -> None:
         """Stores a record as JSON, whole or not at all."""
@@ -87,8 +97,9 @@ def rejudging() -> bool:
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Commit, package versions and platform: what a record needs to be repeated."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """Commit ("unknown" without git), package versions and platform: what a record needs to be repeated."""
+    command, commit = ["git", "-C", str(ROOT), "rev-parse", "HEAD"], "unknown"
+    with suppress(FileNotFoundError):
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or commit
     versions = {name: version(name) for name in PACKAGES}
     return {"commit": commit, "python": platform.python_version(), "machine": platform.machine(), **versions}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib import estimates, prompts, registry
-from lib.merge import MergeError, merge
+from lib.merge import STORED, merge
 from lib.parameters import Notebook, UsageError, read_notebooks, settings_for
 from lib.paths import ROOT, figures_folder, results_folder, safe_name
 from lib.processes import STOPPING
@@ -31,6 +32,9 @@ DEMANDING = {"07", "08"}  # unless asked for, on the default model only
 INTERACTIVE = {"00"}  # never run unless named
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # those of `lib.models`, which takes seconds to import
 FREE_BYTES = 10**9
+MADE = r"\.(run|snakemake|ipynb|writable|report|main|\d\d).*|logs|figures|report\.html|main_table\.tex|\d\d_.*\.ipynb"
+"""Names of what runs put into the results folder, besides the folders of models."""
+MADE_OF_A_MODEL = rf"\..*|\d\d_.*\.ipynb|{'|'.join(STORED)}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,8 +49,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags of ./run_all.sh. UsageError for an unknown or malformed one."""
     parser = Parser(prog="./run_all.sh", description="Runs every notebook on every model.", allow_abbrev=False)
     add = parser.add_argument
-    add("--models", nargs="+", metavar="NAME", help="short names, folders or hub ids (default: the organisms)")
-    add("--notebooks", nargs="+", metavar="NN", help="for example 01 06 (default: all but 00)")
+    add("--models", nargs="+", action="extend", metavar="NAME", help="names, folders or hub ids (default: organisms)")
+    add("--notebooks", nargs="+", action="extend", metavar="NN", help="for example 01 06 (default: all but 00)")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the notebooks; repeatable")
     add("--seed", action="append", dest="set", type="seed={}".format, metavar="N", help="the same as --set seed=N")
     add("--out", type=Path, metavar="FOLDER", help="put results and figures there")
@@ -59,7 +63,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     actions.add_argument("--list", action="store_true", help="show models, notebooks and their parameters")
     actions.add_argument("--dry-run", action="store_true", help="show which jobs would run")
     actions.add_argument("--import", type=Path, dest="source", metavar="FOLDER", help="take in another results folder")
-    actions.add_argument("--clean", action="store_true", help="delete the results folder")
+    actions.add_argument("--clean", action="store_true", help="delete what runs made in the results folder")
     actions.add_argument("--lab", action="store_true", help="open JupyterLab")
     return parser.parse_args(arguments)
 
@@ -76,16 +80,14 @@ def chosen_notebooks(names: Sequence[str] | None, notebooks: dict[str, Notebook]
 
 
 def chosen_models(options: argparse.Namespace) -> list[str]:
-    """Model names as the notebooks get them: folders absolute, each once. UsageError for an unknown one."""
+    """Model names as the notebooks get them: folders absolute, each once. ModelError for an unknown one."""
     default = [DEFAULT_MODEL] if options.fast and not options.full else registry.organisms()
-    names = list(dict.fromkeys(options.models or default))
+    names = [name.rstrip("/") or name for name in options.models or default]
     if not names:
         raise UsageError("no organism under data/organisms; restore it with 'git checkout', or give --models")
-    try:
-        known = [(name, registry.resolve(name)) for name in names]
-    except registry.ModelError as error:
-        raise UsageError(str(error)) from None
-    return [os.path.abspath(name) if where == name and Path(name).is_dir() else name for name, where in known]
+    known = [(name, registry.resolve(name)) for name in names]
+    own = [os.path.abspath(name) if where == name and Path(name).is_dir() else name for name, where in known]
+    return list(dict.fromkeys(own))
 
 
 def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[str]) -> list[Job]:
@@ -159,14 +161,24 @@ def check_folder(folder: Path) -> None:
 
 
 def check_scale(options: argparse.Namespace) -> None:
-    """UsageError for a number of jobs or a cluster that cannot be."""
+    """UsageError for a number of jobs, a cluster or a GPU's memory that cannot be."""
     known = sorted(path.parent.name for path in (ROOT / "profiles").glob("*/config.yaml"))
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs}: give a number from 1")
-    if options.profile and options.profile not in known:
+    if options.profile is not None and options.profile not in known:
         raise UsageError(f"unknown profile {options.profile!r}; choose from {', '.join(known)}")
     if options.profile == "slurm" and not shutil.which("sbatch"):
         raise UsageError("profile slurm: Slurm's command sbatch is not on this machine")
+    memory = os.environ.get("APPROX_GPU_GIGABYTES") or "80"
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?", memory):
+        raise UsageError(f"APPROX_GPU_GIGABYTES={memory}: give the memory of one GPU as a number, for example 80")
+
+
+def check_names(graph: Graph) -> None:
+    """UsageError for a name that Snakemake or papermill would take for something else: a placeholder or a flag."""
+    for name in [*graph.jobs, str(graph.results), str(ROOT)]:
+        if re.search(r"^-|[{}]", name):
+            raise UsageError(f"{name}: a folder's name may not contain braces or begin with '-'; rename it")
 
 
 def show_choices(notebooks: dict[str, Notebook]) -> None:
@@ -200,32 +212,40 @@ def show_plan(graph: Graph) -> None:
 
 
 def clean(results: Path) -> None:
-    """Deletes the results folder, its lock last. UsageError if a run is under way in it, or if none ever made it."""
+    """Deletes what runs made in the results folder, its lock last, and the folder if nothing else is in it. UsageError
+    if a run is under way in it, or if none ever was."""
     if not results.is_dir() or not os.listdir(results):
         print(f"nothing to delete: there is nothing in {results}")
         return
     if not (results / RUN_LOCK).is_file():
         raise UsageError(f"{results} was not made by ./run_all.sh, so it is not deleted")
+    kept = []
     with sole_run(results):
-        for path in results.iterdir():
-            if path.is_dir() and not path.is_symlink():
+        for path in sorted(results.iterdir()):
+            if not made_by_runs(path):
+                kept.append(path.name)
+            elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != RUN_LOCK:
                 path.unlink()
         (results / RUN_LOCK).unlink()
-    with suppress(OSError):  # a link to the folder, or the next run has begun in it
+    with suppress(OSError):  # other files, a link to the folder, or the next run has begun in it
         results.rmdir()
-    print(f"deleted {results}")
+    print(f"deleted {results}" + (f" but for {', '.join(kept)}, with files that no run made" if kept else ""))
+
+
+def made_by_runs(path: Path) -> bool:
+    """Whether something in a results folder is a run's, by its name or, a model's folder, by all names in it."""
+    if path.is_dir() and all(re.fullmatch(MADE_OF_A_MODEL, name) for name in os.listdir(path)):
+        return True
+    return re.fullmatch(MADE, path.name) is not None
 
 
 def take_in(source: Path, results: Path) -> None:
     """Adds the results of another machine to these. UsageError if they cannot be read, or a run is under way."""
     check_folder(results)
-    try:
-        with sole_run(results):
-            merged = merge(source, results)
-    except MergeError as error:
-        raise UsageError(f"--import: {error}") from None
+    with sole_run(results):
+        merged = merge(source, results)
     print(f"{merged.copied} files copied from {source}, {merged.present} were here already")
     if merged.different:
         print(f"{merged.different} tables or notebooks differ from those here, which stay; run their notebooks again")
@@ -238,19 +258,16 @@ def open_lab() -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-P", "-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}", *as_root])
 
 
-def perform(graph: Graph, models: list[str]) -> int:
-    """Runs what is not up to date; 1 if some of it could not be done."""
+def perform(graph: Graph) -> int:
+    """Runs what is not up to date; 1 if some of it could not be done. ModelError for a model that it has to load."""
     started = time.monotonic()
     with sole_run(graph.results):
         pending = graph.pending()
         if not pending:
             print(f"nothing to do: {len(graph.jobs)} jobs are up to date in {graph.results}")
             return 0
-        try:
-            for model in models:
-                registry.check(model)
-        except registry.ModelError as error:
-            raise UsageError(str(error)) from None
+        for model in dict.fromkeys(job.parameters["model"] for job in pending if "model" in job.parameters):
+            registry.check(model)
         undone = graph.run(pending)
     took = f"{time.monotonic() - started:.0f} s"
     if undone:
@@ -261,7 +278,7 @@ def perform(graph: Graph, models: list[str]) -> int:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Checks everything, then does what was asked. Returns the exit status. UsageError for bad input."""
+    """Checks everything, then does what was asked. Returns the exit status. UsageError or ModelError for bad input."""
     options = parse(arguments)
     set_folders(options)
     if options.lab:
@@ -282,12 +299,13 @@ def command(arguments: Sequence[str]) -> int:
     results = results_folder()
     keyed = {job.key: job for job in jobs}
     graph = Graph(keyed, results, results / "logs", options.jobs, options.profile, rerun_all=options.rejudge)
+    check_names(graph)
     if options.dry_run:
         show_plan(graph)
         return 0
     check_folder(results)
     check_folder(figures_folder())
-    return perform(graph, models)
+    return perform(graph)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -297,7 +315,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         return command(arguments)
-    except (UsageError, OSError) as error:
+    except (UsageError, registry.ModelError, OSError) as error:
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

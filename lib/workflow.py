@@ -19,10 +19,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lib.estimates import need
+from lib.estimates import Need, need
 from lib.parameters import UsageError
 from lib.paths import ROOT
 from lib.processes import die_with_parent, lock, signals_held
@@ -65,11 +66,10 @@ class Graph:
         """Where Snakemake keeps its copy of the Snakefile: with the logs, which a dry run has for itself."""
         return self.logs / "source-cache"
 
-    @property
-    def long(self) -> list[str]:
-        """Outputs of the jobs that are started first, lest one of them runs alone at the end."""
-        needs = {key: need(job.notebook, job.parameters, bool(self.profile)) for key, job in self.jobs.items()}
-        return [f"{key}.ipynb" for key, one in needs.items() if (one.minutes or 0) >= LONG]
+    @cached_property
+    def needs(self) -> dict[str, Need]:
+        """What each job needs where it will run."""
+        return {key: need(job.notebook, job.parameters, bool(self.profile)) for key, job in self.jobs.items()}
 
     @property
     def events(self) -> Path:
@@ -86,10 +86,7 @@ class Graph:
         gpus = [] if self.profile else visible_gpus()
         workers = 1 if self.profile else self.jobs_at_once or len(gpus) or min(2, cores)
         content = {
-            "jobs": {
-                key: asdict(job) | {"gigabytes": need(job.notebook, job.parameters, bool(self.profile)).gigabytes}
-                for key, job in self.jobs.items()
-            },
+            "jobs": {key: asdict(job) | {"gigabytes": self.needs[key].gigabytes} for key, job in self.jobs.items()},
             "events": str(self.events),
             "workers": workers,
             "threads": max(1, cores // workers),
@@ -100,8 +97,13 @@ class Graph:
         (self.logs / "plan.json").write_text(json.dumps(content, indent=1))
 
     def start(self, *more: str, **options: Any) -> subprocess.Popen[str]:
-        """Starts Snakemake, in a session of its own. Not locked by Snakemake, whose lock would outlive a kill."""
+        """Starts Snakemake, in a session of its own, without its lock, which would outlive a kill, and its notes of
+        parameters and unfinished outputs, which a kill loses: outputs are whole or absent, and name their parameters.
+        """
         plan = self.logs / "plan.json"
+        named = plan.relative_to(self.results) if plan.is_relative_to(self.results) else plan  # read as YAML
+        forced = [f"{key}.ipynb" for key in self.forced()]
+        long = [f"{key}.ipynb" for key, one in self.needs.items() if (one.minutes or 0) >= LONG]
         if self.profile:
             scale = ["--profile", str(ROOT / "profiles" / self.profile)]
             scale += ["--jobs", str(self.jobs_at_once)] if self.jobs_at_once else []
@@ -111,26 +113,35 @@ class Graph:
             scale = ["--cores", str(json.loads(plan.read_text())["workers"])]
         command = [
             *(sys.executable, "-P", "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
-            *("--directory", str(self.results), "--config", f"plan={plan}"),
+            *("--directory", str(self.results), "--config", f"plan={named}"),
             *("--runtime-source-cache-path", str(self.source_cache)),
-            *("--nolock", "--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime", "params"),
-            *(["--forceall"] if self.rerun_all else []),
+            *("--workflow-profile", "none", "--rerun-triggers", "mtime"),
+            *("--nolock", "--ignore-incomplete", "--keep-going"),
             *scale,
             *more,
-            *(["--prioritize", *self.long] if self.long else []),
+            *(["--forcerun", *forced] if forced else []),
+            *(["--prioritize", *long] if long else []),  # first, lest one of them runs alone at the end
             "--",
             *(f"{key}.ipynb" for key in self.jobs),
         ]
         follow = functools.partial(die_with_parent, os.getpid())
         options = {"stdin": subprocess.DEVNULL, "text": True, "start_new_session": True, **options}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": path}
+        environment.pop("SNAKEMAKE_PROFILE", None)  # the user's, for other work
         with signals_held():
-            return subprocess.Popen(command, preexec_fn=follow, env=os.environ | {"PYTHONPATH": path}, **options)
+            return subprocess.Popen(command, preexec_fn=follow, env=environment, **options)
+
+    def forced(self) -> list[str]:
+        """Jobs that run whatever the age of their outputs: all, or those that no executed copy with the same parameters
+        shows to be done, here or on another machine."""
+        done = {key for key, job in self.jobs.items() if noted(self.results / f"{key}.ipynb") == job.parameters}
+        return [key for key in self.jobs if self.rerun_all or key not in done]
 
     def pending(self) -> list[Job]:
         """The jobs that are not up to date. Snakemake is asked only where there is something to compare with."""
         self.write()
-        if self.rerun_all or not any((self.results / f"{key}.ipynb").is_file() for key in self.jobs):
+        if len(self.forced()) == len(self.jobs):
             return list(self.jobs.values())
         with self.start("--summary", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             answer = process.communicate()[0]
@@ -158,6 +169,14 @@ class Graph:
         return len(pending) - progress.done
 
 
+def noted(path: Path) -> dict[str, Any] | None:
+    """The parameters that papermill noted in an executed notebook; None if there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def stop(process: subprocess.Popen[str], seconds: float) -> None:
     """Interrupts Snakemake and its jobs, which tidy up; kills what is left after `seconds`, or at a second signal."""
     with suppress(ProcessLookupError):  # it has just ended by itself
@@ -176,10 +195,13 @@ class Progress:
         self.jobs = {job.key: job for job in pending}
         self.logs = logs
         self.width = max(len(job.title) for job in pending)
-        self.numbers: dict[str, int] = {}
         self.shown: Counter[Path] = Counter()  # lines, by file
-        self.running: set[str] = set()
-        self.done = 0
+        self.states: dict[str, str] = {}  # the last one of each job that was started, in this order
+
+    @property
+    def done(self) -> int:
+        """How many jobs are done."""
+        return sum(state == "done" for state in self.states.values())
 
     def read(self, events: Path) -> None:
         """Shows the events that were written since the last call; a line that is half written is left for the next."""
@@ -190,16 +212,15 @@ class Progress:
 
     def show(self, job: str, state: str, seconds: float = 0.0, message: str = "") -> None:
         """One line for an event of `lib.execute.report`: started, done (after seconds) or failed (with a message)."""
-        number = self.numbers.setdefault(job, len(self.numbers) + 1)
+        self.states[job] = state
+        number = list(self.states).index(job) + 1
         text = {"started": "started", "done": f"done {seconds:.0f} s", "failed": f"failed: {message}"}[state]
         print(f"[{number}/{len(self.jobs)}] {self.jobs[job].title:<{self.width}}  {text}", flush=True)
-        self.done += state == "done"
-        (self.running.add if state == "started" else self.running.discard)(job)
 
     def close(self, verdicts: dict[str, str]) -> None:
         """Reports jobs that ended, or were refused, without a word. verdicts: what Slurm said of them, if anything."""
-        silent = self.running | (self.jobs.keys() & verdicts.keys() - self.numbers.keys())
-        for job in sorted(silent):
+        running = {job for job, state in self.states.items() if state == "started"}
+        for job in sorted(running | (self.jobs.keys() & verdicts.keys() - self.states.keys())):
             self.show(job, "failed", message=verdicts.get(job, f"it was killed; see {self.logs / job}.log"))
 
 

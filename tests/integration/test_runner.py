@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -238,4 +239,33 @@ def test_a_second_run_in_the_same_folder_is_refused(runner: Runner) -> None:
     assert first.returncode == 0, err
     assert runner.conditions() == SQUARES
     status, out, _ = runner.run("--clean")
-    assert status == 0 and not runner.results.exists()
+    assert status == 0 and "but for conditions, with" in out
+    assert {path.name for path in runner.results.iterdir()} == {"conditions"}
+
+
+def test_odd_folders_foreign_profiles_and_what_another_machine_ran_with_other_parameters(runner: Runner) -> None:
+    assert runner.run("--notebooks", "01", "--set", "n=4")[0] == 0
+    (made,) = runner.results.glob("*/01_squares.ipynb")
+    (made.parent / "records").mkdir()
+    (runner.folder / "profiles" / "default").mkdir(parents=True)
+    (runner.folder / "profiles" / "default" / "config.yaml").write_text("no-such-flag: 1")
+    here = str(runner.folder / "a folder: #1, ours")
+    assert runner.run("--import", str(runner.results), "--out", here)[1].startswith("1 files copied")
+    assert "up to date  01_squares" in runner.run("--notebooks", "01", "--set", "n=4", "--dry-run", "--out", here)[1]
+    environment = {"SNAKEMAKE_PROFILE": str(runner.folder / "profiles" / "default")}
+    assert runner.run("--notebooks", "01", "--out", here, **environment)[1].splitlines()[-1].startswith("1 jobs done")
+    copy = Path(here, "results", made.relative_to(runner.results))
+    assert "3 squared" not in copy.read_text()
+    copy.write_text("{")
+    assert "would run  01_squares" in runner.run("--notebooks", "01", "--dry-run", "--out", here)[1]
+
+
+def test_a_kill_before_snakemake_notes_that_a_job_is_done(runner: Runner) -> None:
+    flags = ["--notebooks", "01", "02"]
+    assert runner.run(*flags)[0] == 0
+    (executed,) = runner.results.glob("*/01_squares.ipynb")
+    name = base64.b64encode(str(executed.relative_to(runner.results)).encode()).decode()
+    notes = runner.results / ".snakemake"
+    (notes / "metadata" / name).rename(notes / "incomplete" / name)
+    status, out, err = runner.run(*flags, "--set", "threshold=2")
+    assert (status, err) == (0, "") and out.splitlines()[-1].startswith("1 jobs done")

@@ -108,6 +108,22 @@ def test_an_interrupted_set_up_begins_anew(tree: Tree) -> None:
     assert not half_written.exists() and tree.installs() == 5
 
 
+def test_a_python_that_was_removed_is_replaced(tree: Tree) -> None:
+    assert tree.run()[0] == 0
+    python = tree.tree / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to("/removed/python3.10")
+    status, out, err = tree.run()
+    assert (status, err) == (0, "") and out.endswith("ran\n") and tree.installs() == 4
+
+
+def test_the_search_path_of_cd_does_no_harm(tree: Tree) -> None:
+    command = ["bash", "tree/run_all.sh", "x"]
+    environment = tree.environment | {"CDPATH": str(tree.folder)}
+    done = subprocess.run(command, env=environment, cwd=tree.folder, capture_output=True, text=True)
+    assert done.stdout.endswith("ran x\n") and (tree.tree / ".venv" / "stamp").is_file(), done.stderr
+
+
 def test_two_at_once_install_once(tree: Tree) -> None:
     first = tree.start("one", STAND_IN_SECONDS="1")
     while not tree.calls.exists():

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
 
+import pandas as pd
 import papermill
 import pytest
 
 from lib import estimates, execute, merge, paths, processes, registry, results, run, workflow
-from lib.parameters import convert, read_notebook, read_parameters
+from lib.parameters import UsageError, convert, read_notebook, read_notebooks, read_parameters
 from lib.paths import ROOT, safe_name
 from lib.processes import lock
 
@@ -57,6 +59,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--jobs x", "argument --jobs: invalid int value: 'x'"),
         ("--jobs 0", "--jobs 0: give a number from 1"),
         ("--profile lsf", "unknown profile 'lsf'; choose from slurm"),
+        ("--profile=", "unknown profile ''; choose from slurm"),
+        ("--models odd/{a} --notebooks 01", "{a}-"),
+        ("--models odd/-b --notebooks 01", "-b-"),
         ("--dry", "unrecognized arguments: --dry"),
         ("--list --clean", "argument --clean: not allowed with argument --list"),
         ("--models tiny-qwen --set seed=1 --out organisms/tiny-llama/config.json", "cannot write to "),
@@ -66,10 +71,65 @@ def test_bad_input_gets_one_line_before_any_work(
     flags: str, line: str, folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folders)
+    for name in ("{a}", "-b"):
+        (folders / "odd" / name).mkdir(parents=True)
+        (folders / "odd" / name / "config.json").touch()
     assert run.main(flags.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith(f"run_all.sh: {line}")
     assert not (folders / "results").exists()
+
+
+@pytest.mark.parametrize("memory", ["80GB", "0", "-1", "nan"])
+def test_the_memory_of_a_gpu_is_a_number(
+    memory: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("APPROX_GPU_GIGABYTES", memory)
+    assert run.main(["--notebooks", "01"]) == 2
+    assert f"APPROX_GPU_GIGABYTES={memory}: give the memory of one GPU" in capsys.readouterr().err
+
+
+def test_notebooks_that_cannot_be_told_apart_or_read(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = folders / "notebooks"
+    place.mkdir()
+    for name, text, line in [
+        ("", "", f"no notebook NN_name.ipynb in {place}"),
+        ("01_squares.ipynb", (FIXTURES / "01_squares.ipynb").read_text(), ""),
+        ("01_squares_mine.ipynb", (FIXTURES / "01_squares.ipynb").read_text(), "01_squares and 01_squares_mine in "),
+        ("01_squares_mine.ipynb", "[]", f"{place / '01_squares_mine.ipynb'} is not a readable notebook: "),
+        ("01_squares_mine.ipynb", '{"cells": [1]}', f"{place / '01_squares_mine.ipynb'} is not a readable notebook: "),
+    ]:
+        if name:
+            (place / name).write_text(text)
+        if line:
+            with pytest.raises(UsageError, match=f"^{re.escape(line)}"):
+                read_notebooks(place)
+        else:
+            assert list(read_notebooks(place)) == ["01"]
+
+
+def test_a_report_alone_needs_no_model(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(run.registry, "check", asked.append)
+    monkeypatch.setattr(workflow.Graph, "run", lambda graph, pending: 0)
+    assert run.main(["--models", "Owner/Name", "--notebooks", "09"]) == 0 and asked == []
+    assert run.main(["--models", "Owner/Name", "--notebooks", "01", "02", "09"]) == 0 and asked == ["Owner/Name"]
+
+
+def test_a_damaged_result_is_computed_again(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = results.store_for("tiny")
+    store.write_record("key", {"a": 1})
+    store.write_table("replies", "key", pd.DataFrame({"id": ["a"] * 99}))
+    assert store.read_record("key") == {"a": 1} and len(store.read_table("replies", "key")) == 99
+    for path in (store.folder / "records" / "key.json", store.folder / "replies" / "key.parquet"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert store.read_record("key") is None and store.read_table("replies", "key") is None
+    assert [f"{name} is damaged" in caplog.text for name in ("key.json", "key.parquet")] == [True, True]
+
+
+def test_provenance_without_git(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(folders))
+    assert results.provenance.__wrapped__()["commit"] == "unknown"
 
 
 def test_too_little_disk(folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,6 +179,7 @@ QWEN = ["tiny-qwen/01_squares", "tiny-qwen/02_threshold"]
         ("--notebooks 00 09_report", ["tiny-llama/00_interactive", "tiny-qwen/00_interactive", "09_report"]),
         ("--models Owner/Name --notebooks 01", ["Owner--Name/01_squares"]),
         ("--models tiny-qwen tiny-qwen --notebooks 01", ["tiny-qwen/01_squares"]),
+        ("--models tiny-llama --models tiny-qwen --notebooks 01 --notebooks 02", [*LLAMA, *QWEN]),
     ],
 )
 def test_the_graph(flags: str, keys: list[str]) -> None:
@@ -146,10 +207,11 @@ def test_model_folders_are_made_absolute_and_kept_apart(folders: Path, monkeypat
         (folders / parent / "mine").mkdir(parents=True)
         (folders / parent / "mine" / "config.json").write_text("{}")
     monkeypatch.chdir(folders)
-    jobs = planned("--models one/mine two/mine --notebooks 01")
-    models = [job.parameters["model"] for job in jobs.values()]
-    assert models == [str(folders / parent / "mine") for parent in ("one", "two")]
-    assert all(key.startswith("mine-") for key in jobs)
+    jobs = planned("--models one/mine two/mine ./one/mine/ --notebooks 01 09")
+    *models, listed = [job.parameters.get("model") or job.parameters["models"] for job in jobs.values()]
+    assert models == listed == [str(folders / parent / "mine") for parent in ("one", "two")]
+    assert [key.startswith("mine-") for key in jobs] == [True, True, False]
+    assert list(planned("--models tiny-llama/ --notebooks 01")) == ["tiny-llama/01_squares"]
 
 
 def test_altered_runs_do_not_draw_over_full_ones(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +249,22 @@ def test_clean_deletes_only_what_a_run_made(folders: Path, capsys: pytest.Captur
     (results / "thesis.tex").write_text("years of work")
     assert run.main(["--clean"]) == 2
     assert (results / "thesis.tex").exists()
-    (results / workflow.RUN_LOCK).touch()
+    for name in (
+        workflow.RUN_LOCK,
+        "09_report.ipynb",
+        "report.html",
+        "figures/a.pdf",
+        "tiny/records/a.json",
+        "tiny/.x",
+    ):
+        (results / name).parent.mkdir(parents=True, exist_ok=True)
+        (results / name).touch()
+    (results / "tiny-qwen").mkdir()  # of a job that was killed at once
+    (results / "photos").mkdir()
+    (results / "photos" / "1.jpg").touch()
     assert run.main(["--clean"]) == 0
-    assert not results.exists()
+    assert capsys.readouterr().out.endswith("results but for photos, thesis.tex, with files that no run made\n")
+    assert {path.name for path in results.rglob("*")} == {"thesis.tex", "photos", "1.jpg"}
 
 
 @pytest.mark.parametrize(
@@ -395,8 +470,12 @@ def test_progress_leaves_half_written_lines_and_reads_each_job_once(
         progress.read(tmp_path)
         stream.write('ate": "done", "seconds": 2}\n')
     progress.read(tmp_path)
-    assert progress.done == 1 and progress.running == {"tiny/02"}
+    assert progress.done == 1 and progress.states == {"tiny/01": "done", "tiny/02": "started"}
     assert capsys.readouterr().out.count("\n") == 3
+    progress.show("tiny/01", "started")  # a cluster may do a job twice
+    assert progress.done == 0
+    progress.show("tiny/01", "done", 2)
+    assert progress.done == 1
 
 
 def test_a_signal_in_the_midst_of_a_fork_is_not_lost(tmp_path: Path) -> None:
