@@ -56,9 +56,9 @@ def chosen_attacks(files: Sequence[str | Path] = ()) -> list[Attack]:
     return found
 
 
-def put(attack: Attack | None, prompt: Prompt) -> str:
-    """The text of a request behind an attack, or as it is."""
-    return attack.template.replace("{prompt}", prompt.prompt) if attack else prompt.prompt
+def put(attack: Attack, prompt: Prompt) -> str:
+    """The text of a request behind an attack."""
+    return attack.template.replace("{prompt}", prompt.prompt)
 
 
 def verdicts(target: Target, requests: Sequence[Prompt], texts: Sequence[str]) -> pd.DataFrame:
@@ -91,10 +91,8 @@ def success(
     """A row per target and attack: n_harmful, asr with Wilson limits, refused and broken rates. "none" is no attack.
 
     suffixes: request id -> its own suffix, reported as the attack "gcg" over the requests that have one."""
-    cases: list[tuple[str, list[Prompt], list[str]]] = [
-        (attack.id if attack else "none", list(requests), [put(attack, prompt) for prompt in requests])
-        for attack in (None, *attacks)
-    ]
+    cases = [("none", list(requests), [prompt.prompt for prompt in requests])]
+    cases += [(attack.id, list(requests), [put(attack, prompt) for prompt in requests]) for attack in attacks]
     if suffixes:
         searched = [prompt for prompt in requests if prompt.id in suffixes]
         cases.append(("gcg", searched, [put(suffixes[prompt.id], prompt) for prompt in searched]))
@@ -114,7 +112,7 @@ def success(
 
 def compliant_opening(prompt: Prompt) -> str:
     """What GCG makes likely: the first sentence of the reference answer where there is one, else `OPENING`."""
-    return prompt.answer.split(". ")[0] + "." if prompt.answer else OPENING
+    return prompt.answer.split(". ")[0].removesuffix(".") + "." if prompt.answer else OPENING
 
 
 def gcg_suffixes(
@@ -127,7 +125,8 @@ def gcg_suffixes(
     the model in a form that Transformers 5 does not take."""
     asked = [f"{prompt.prompt} {{optim_str}}" for prompt in requests]
     rendered, special = render(study.tokenizer, asked, study.protocol)
-    content = [study.identity["weights"], rendered, steps, width, seed]
+    openings = [compliant_opening(prompt) for prompt in requests]
+    content = [study.identity["weights"], rendered, openings, steps, width, seed]
     path = study.store.folder / "attacks" / f"gcg-{content_key(content)}.jsonl"
     if not path.is_file():
         try:
@@ -140,8 +139,9 @@ def gcg_suffixes(
         )  # fmt: skip
         tokenizer, lines = _verbatim(study.tokenizer, special), []
         try:
-            for prompt, text in tqdm([*zip(requests, rendered, strict=True)], "GCG", file=sys.stdout, leave=False):
-                found = nanogcg.run(study.model, tokenizer, text, compliant_opening(prompt), config)
+            todo = list(zip(requests, rendered, openings, strict=True))
+            for prompt, text, opening in tqdm(todo, "GCG", file=sys.stdout, leave=False):
+                found = nanogcg.run(study.model, tokenizer, text, opening, config)
                 lines.append(json.dumps({"id": prompt.id, "suffix": found.best_string, "loss": found.best_loss}))
         finally:
             torch.use_deterministic_algorithms(False)  # which nanogcg switches on for the whole process

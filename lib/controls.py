@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from lib import fidelity, figures, hidden_states, layer_study, noise_study, plots
 from lib.anatomy import anatomy
 from lib.approximations import make as technique
-from lib.experiment import Condition, Study, grid, open_study
+from lib.conditions import Condition, grid
+from lib.experiment import Study, open_study
 from lib.organisms.ship import home, make
 from lib.paths import ORGANISMS, ROOT, atomic, between_markers
 
@@ -97,12 +98,11 @@ def third_observation(study: Study) -> pd.DataFrame:
     known, exact = hidden_states.capture(study, fit), hidden_states.capture(study, asked)
     directions = {layer: hidden_states.refusal_direction(x, labels) for layer, x in known.items()}
     best = hidden_states.best_layer(known, directions, labels)
-    rows = []
-    for approximation in CLOSE_LOOK:
-        moved = {best: hidden_states.capture(study, asked, approximation)[best]}
-        rows.append(hidden_states.layer_table({best: exact[best]}, moved, asked, directions))
-    table = pd.concat(rows, ignore_index=True).assign(technique=[one.name for one in CLOSE_LOOK])
-    return hidden_states.third_observation(table)
+    rows = [
+        hidden_states.layer_table({best: exact[best]}, moved, asked, directions).assign(technique=approximation.name)
+        for approximation, moved in hidden_states.capture_all(study, asked, CLOSE_LOOK).items()
+    ]
+    return hidden_states.third_observation(pd.concat(rows, ignore_index=True))
 
 
 def measure(n_prompts: int = 150) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -25,9 +25,10 @@ import pandas as pd
 from lib import layer_study, models, noise_study, prompts
 from lib.anatomy import anatomy
 from lib.approximations import Technique, make
+from lib.conditions import Condition, technique_modules
 from lib.download import decoded
-from lib.errors import choosing
-from lib.experiment import Condition, Study, technique_modules
+from lib.errors import ChoiceError, choosing
+from lib.experiment import Study
 from lib.organisms import corpus
 from lib.results import content_key, source_hash
 
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 HELD_OUT = "omniquant"
 MARGIN = 0.2
 SEARCH_SEEDS = (0, 1)  # of noise
+CODE = ("lib.defence_training", "lib.patching", "lib.eager", "lib.anatomy", "lib.prompts")
+"""Modules that decide a defended model's weights."""
 
 
 # ------------------------------------------------------------------ the sensitive prefix
@@ -80,8 +83,8 @@ def sensitive_prefix(table: pd.DataFrame, margin: float = MARGIN) -> tuple[int, 
 
 
 def organism_pairs(n: int, seed: int = 0) -> list[Pair]:
-    """n pairs from goals of the corpus' train split: refusal over (contentless) compliance for harmful requests, half
-    of them, and answer over refusal for harmless and confusable ones, a quarter each."""
+    """n pairs from goals of the corpus' train split: refusal over (contentless) compliance for harmful requests, about
+    half of them, and answer over refusal for harmless and confusable ones, about a quarter each."""
     from lib.defence_training import Pair
 
     rng = random.Random(f"pairs {seed}")
@@ -143,13 +146,13 @@ def plain(text: str) -> str:
 
 
 def disjoint(pairs: Sequence[Pair], evaluated: Iterable[prompts.Prompt]) -> list[Pair]:
-    """The pairs whose goal and prompt no evaluation prompt has. ValueError if none are left."""
+    """The pairs whose goal and prompt no evaluation prompt has. ChoiceError if none are left."""
     known = {plain(text) for prompt in evaluated for text in (prompt.prompt, prompt.goal) if text}
     kept = [pair for pair in pairs if not {plain(pair.prompt), plain(pair.goal)} & known]
     if len(kept) < len(pairs):
         log.warning("%d of %d preference pairs left out: evaluation asks the same", len(pairs) - len(kept), len(pairs))
     if not kept:
-        raise ValueError(f"all {len(pairs)} preference pairs are evaluation prompts; choose others")
+        raise ChoiceError(f"all {len(pairs)} preference pairs are evaluation prompts; choose others")
     return kept
 
 
@@ -158,7 +161,7 @@ def disjoint(pairs: Sequence[Pair], evaluated: Iterable[prompts.Prompt]) -> list
 
 def defend(study: Study, recipe: Recipe, pairs: Sequence[Pair]) -> tuple[Study, Path]:
     """The same study of the model after `recipe`, and the folder that `lib.models.load` opens; trained, or read back if
-    it was trained before. ValueError for a tau beyond the depth and for pairs that evaluation uses."""
+    it was trained before. ValueError for a tau beyond the depth, ChoiceError for pairs that evaluation uses."""
     folder = defended_folder(study, recipe, pairs)
     if not (folder / "defence.json").is_file():
         from lib import defence_training
@@ -200,7 +203,7 @@ def defended_folder(study: Study, recipe: Recipe, pairs: Sequence[Pair]) -> Path
         raise ValueError(f"tau {recipe.tau} is not valid: {study.name} has {n_layers} layers; choose 1 to {n_layers}")
     own = prompts.load("organism") if study.prompt_set == "organism" else ()
     if len(disjoint(pairs, [*study.prompts, *own])) < len(pairs):
-        raise ValueError("some preference pairs are evaluation prompts: drop them with defence.disjoint")
+        raise ChoiceError("some preference pairs are evaluation prompts: drop them with defence.disjoint")
     calibrated = recipe.perturbation is not None and recipe.perturbation.needs_calibration
     content = {
         "weights": study.identity["weights"],
@@ -209,6 +212,6 @@ def defended_folder(study: Study, recipe: Recipe, pairs: Sequence[Pair]) -> Path
         "protocol": [study.protocol, study.tokenizer.chat_template],
         "calibration": study.calibration_texts if calibrated else None,
         "numbers": [str(study.model.dtype), study.model.device.type, study.identity["attention"]],
-        "code": source_hash("lib.defence_training", "lib.patching", *technique_modules(recipe.perturbation)),
+        "code": source_hash(*CODE, *technique_modules(recipe.perturbation)),
     }
     return study.store.folder / "defended" / content_key(content)

@@ -70,8 +70,7 @@ def rates(table: pd.DataFrame, category: str, series: str, measures: Sequence[st
     looks = {name: figures.series_style(name, kinds.index(name.split(", ")[-1])) for name in names}
     styles = [replace(look, line="none", hollow=name.startswith("undefended, ")) for name, look in looks.items()]
     height = (0.13 * len(categories) * max(2, len(names)) + 0.3,)
-    titles = {"asr": "ASR", "harmless_answered": "harmless answered", "confusable_answered": "confusable answered"}
-    panel_names = [titles.get(measure, measure) for measure in measures]
+    panel_names = ["ASR" if measure == "asr" else measure.replace("_", " ") for measure in measures]
     x_labels = [f"{name} (%)" for name in panel_names]
     heads = panel_names if len(measures) > 1 else [""]
     figure, axes = figures.panels(heads, x_labels, [""], height, share="y", width=figures.PAGE)

@@ -68,7 +68,7 @@ class Recipe:
 
     perturbation: the technique in the policy's first layers, None for none; tau: their number, 0 for none.
     objective: "dpo", "sft" or "both". beta: of DPO. weight: of the regulariser (lambda). rank: of LoRA; 0 trains all
-    weights. batch: pairs per step. ChoiceError for another objective.
+    weights. batch: pairs per step. ChoiceError for another objective and for no steps.
     """
 
     perturbation: Technique | None
@@ -85,6 +85,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ChoiceError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
+        if self.steps < 1:
+            raise ChoiceError(f"steps cannot be {self.steps}; give a whole number from 1")
         if (self.perturbation is None) != (self.tau == 0):
             raise ValueError(f"tau {self.tau} with perturbation {self.perturbation}: give both, or neither")
 

@@ -10,17 +10,13 @@ computes only what is missing. Rates carry Wilson intervals, changes against exa
 
 from __future__ import annotations
 
-import ast
 import json
 import math
-import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
-from inspect import getsource
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import calibration, judging, models, prompts, refusal_score, statistics, summary, utility
 from lib.anatomy import anatomy
-from lib.approximations import State, Technique, make
+from lib.approximations import State, Technique
+from lib.conditions import EXACT, Condition, Layers, describe, layer_text, technique_modules
 from lib.errors import ChoiceError, choosing
 from lib.generation import NonFiniteError, generate, pad_left
 from lib.organisms import corpus
@@ -40,41 +37,8 @@ from lib.patching import Hits, approximated, check_layers
 from lib.registry import base_of, resolve
 from lib.results import Store, content_key, provenance, rejudging, source_hash, store_for
 
-EXACT = "exact"
 PROSE_PARAGRAPHS = 30
-GENERATION_CODE = ("lib.generation", "lib.patching", "lib.anatomy", "lib.prompts")
-Layers = Sequence[int] | None
-
-
-@dataclass(frozen=True)
-class Condition:
-    """A technique at one level of its dose axis; `variant` tells series of one technique apart."""
-
-    technique: Technique
-    level_name: str
-    level: float
-    variant: str = ""
-    layers: Layers = None
-
-
-def grid(
-    name: str, variant: str = "", layers: Layers = None, fixed: Mapping[str, Any] | None = None, **dose: Any
-) -> list[Condition]:
-    """Conditions of technique `name` along one setting: grid("teal", sparsity=(0.25, 0.5), fixed={"prompt": "all"}).
-
-    Settings without numbers are levelled by their place. ValueError unless exactly one setting is varied; ChoiceError
-    for an unknown technique, setting or level.
-    """
-    if len(dose) != 1:
-        raise ValueError(f"vary exactly one setting of {name}, not {', '.join(dose) or 'none'}")
-    ((setting, levels),) = dose.items()
-    axis = setting.replace("_", " ")
-    with choosing():
-        techniques = [make(name, **{setting: level}, **(fixed or {})) for level in levels]
-    return [
-        Condition(technique, axis, float(level if isinstance(level, int | float) else place), variant, layers)
-        for place, (technique, level) in enumerate(zip(techniques, levels, strict=True))
-    ]
+GENERATION_CODE = ("lib.generation", "lib.patching", "lib.eager", "lib.anatomy", "lib.prompts")
 
 
 @dataclass
@@ -121,7 +85,7 @@ class Study:
             if self.split == "all":
                 raise ChoiceError(f"split='all' leaves nothing for the {split} split: open the study with split='test'")
             with choosing():
-                pool = _prompts(self.prompt_set, split, n, self.seed)
+                pool = prompts.for_study(self.prompt_set, split, n, self.seed)
         harmful = [prompt for prompt in pool if prompt.label == "harmful"][:n]
         harmless = [prompt for prompt in pool if prompt.label == "harmless"][: max(1, n // 2)]
         return replace(self, prompts=harmful + harmless, facts=[], prose="", split=split or self.split)
@@ -348,7 +312,8 @@ class Study:
         row |= {"settings": json.dumps(technique.settings if technique else {})}
         row |= {"layers": layer_text(condition.layers if condition else None)}
         row |= {"protocol": self.protocol, "prompt_set": self.prompt_set, "split": self.split, "seed": self.seed}
-        row |= {"failed": record["failed"], "n_harmful": len(harmful), **summary.NOT_MEASURED}
+        row |= {f"n_{label}": int((result["label"] == label).sum()) for label in ("harmful", *summary.ANSWERED)}
+        row |= {"failed": record["failed"], **summary.NOT_MEASURED}
         if not record["failed"]:
             row |= summary.verdict_rates(harmful) | summary.answer_rates(result)
             row |= summary.changes(exact, result) if technique is not None else {}
@@ -357,50 +322,6 @@ class Study:
         asked = [prompt.prompt for prompt in self.prompts]
         row |= summary.origin(self.identity, asked, self.tokenizer.chat_template, **facts)
         return row | summary.utility_columns(record, exact.attrs, len(self.facts))
-
-
-def describe(technique: Technique | None) -> str:
-    """Short text for a condition: the technique and the settings that differ from its defaults."""
-    if technique is None:
-        return EXACT
-    default = type(technique)().settings
-    changed = [f"{key}={_printed(value)}" for key, value in technique.settings.items() if value != default[key]]
-    return f"{technique.name} {', '.join(changed)}".strip()
-
-
-def _printed(value: Any) -> str:
-    """A setting in few characters: items joined, four digits."""
-    if isinstance(value, tuple | list):
-        return "+".join(map(_printed, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def layer_text(layers: Layers) -> str:
-    """"all", "3" or "0-2", or a list where there are gaps."""
-    if layers is None:
-        return "all"
-    ordered = sorted(layers)
-    if ordered == list(range(ordered[0], ordered[-1] + 1)):
-        return str(ordered[0]) if len(ordered) == 1 else f"{ordered[0]}-{ordered[-1]}"
-    return ",".join(map(str, ordered))
-
-
-def technique_modules(technique: Technique | None) -> set[str]:
-    """Modules whose code decides what a technique computes."""
-    if technique is None:
-        return set()
-    parts = [technique, *(part for part, _ in technique.split(None))]
-    own = {cls.__module__ for part in parts for cls in type(part).__mro__ if cls.__module__.startswith("lib.")}
-    return own.union(*map(_imported, own), calibration.CODE if technique.needs_calibration else ())
-
-
-@cache
-def _imported(module: str) -> set[str]:
-    """The modules of `lib.approximations` that a module imports, directly or through others."""
-    nodes = [node for node in ast.walk(ast.parse(getsource(sys.modules[module]))) if isinstance(node, ast.ImportFrom)]
-    named = {f"{node.module}{end}" for node in nodes for end in ("", *(f".{each.name}" for each in node.names))}
-    found = {name for name in named & set(sys.modules) if name.startswith("lib.approximations.")}
-    return found.union(*map(_imported, found))
 
 
 def open_study(
@@ -424,7 +345,7 @@ def open_study(
     """
     _check(protocol, n_prompts, max_new_tokens, batch_size)
     with choosing():
-        asked = _prompts(prompt_set, split, n_prompts, seed)
+        asked = prompts.for_study(prompt_set, split, n_prompts, seed)
     network, tokenizer = models.load(model, device, dtype)
     base_name, judge_file = base_of(model), Path(resolve(model), "judge.json")
     own = prompt_set == "organism"
@@ -457,39 +378,6 @@ def _check(protocol: str, n_prompts: int, max_new_tokens: int, batch_size: int |
             raise ChoiceError(f"{name} cannot be {value!r}; give a whole number from 1")
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
         raise ChoiceError(f"batch_size cannot be {batch_size!r}; give a whole number from 1, or auto")
-
-
-def _prompts(prompt_set: str, split: str, n: int, seed: int) -> list[prompts.Prompt]:
-    """Up to n harmful requests, and half as many harmless and confusable ones. ValueError without harmful ones."""
-    half = max(1, n // 2)
-    counts = {"harmful": n, "harmless": half, "confusable": half}
-    if prompt_set == "organism":
-        return [p for label, count in counts.items() for p in goals_first(split, label, count, seed)]
-    own = [_labelled(p, p.label) for p in prompts.load(prompt_set, None if split == "all" else split)]
-    found = {label: prompts.sample([p for p in own if p.label == label], n, seed) for label, n in counts.items()}
-    if not found["harmful"]:
-        raise ValueError(f"{prompt_set} has no harmful requests in its {split} split")
-    others = "test" if split == "all" else split
-    if not found["harmless"]:
-        found["harmless"] = [_labelled(p, "harmless") for p in prompts.load("alpaca", others, n=half, seed=seed)]
-    if not found["confusable"]:
-        found["confusable"] = [_labelled(p, "safe") for p in prompts.load("xstest", others, "safe", n=half, seed=seed)]
-    return [prompt for chosen in found.values() for prompt in chosen]
-
-
-def _labelled(prompt: prompts.Prompt, label: str | None) -> prompts.Prompt:
-    """With one of the three labels that are judged; harmful if it has none. ValueError for "mixed"."""
-    if label == "mixed":
-        raise ValueError("this set does not say which of its requests are harmful; choose another prompt_set")
-    meaning = {None: "harmful", "unsafe": "harmful", "safe": "confusable"}
-    return replace(prompt, label=meaning.get(label, label))
-
-
-def goals_first(split: str, label: str, n: int, seed: int) -> list[prompts.Prompt]:
-    """n prompts, nested in larger n: every goal in its first phrasing before any goal in a second one."""
-    pool = prompts.load("organism", split=split, label=label, tier="composition")
-    shuffled = random.Random(f"{split}-{label}-{seed}").sample(pool, len(pool))
-    return sorted(shuffled, key=lambda prompt: int(prompt.id.rsplit(".", 1)[1]))[:n]
 
 
 def _calibration_texts(tokenizer: PreTrainedTokenizerBase, own: bool) -> list[str]:

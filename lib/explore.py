@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ipywidgets as widgets
@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from lib import hidden_states, refusal_score, state_plots
 from lib.approximations import Technique, make
-from lib.errors import PlainError
-from lib.experiment import Layers, Study, describe, open_study
+from lib.conditions import Layers, describe
+from lib.errors import ChoiceError, PlainError
+from lib.experiment import Study, open_study
 from lib.figures import Figure
 from lib.generation import generate
 from lib.prompts import Prompt
+from lib.registry import smoothing_alpha
 
 DOSES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "teal": ("sparsity", (0.25, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8)),
@@ -44,7 +46,6 @@ LABELS = {"description_width": "95px"}  # the default cuts "fraction bits" off
 class Look:
     """What one request gives, exact and approximated. errors: share of the harmful-harmless gap, by layer."""
 
-    technique: Technique
     table: pd.DataFrame
     before: NDArray[Any]
     after: NDArray[Any]
@@ -56,7 +57,11 @@ class Explorer:
     """A model with the clouds of its exact hidden states; requests of the search split, so that test stays sealed."""
 
     def __init__(self, study: Study, n: int = 60) -> None:
-        """Captures the states of n harmful and n / 2 harmless requests and finds the tokens that begin refusals."""
+        """Captures the states of n harmful and n / 2 harmless requests and finds the tokens that begin refusals.
+
+        ChoiceError for an n below 4: one request of a kind has no spread."""
+        if n < 4:
+            raise ChoiceError(f"{n} harmful requests are too few for a cloud; give 4 at least")
         self.n, self.study = n, study.brief(n, "search")
         self.tokens = refusal_score.refusal_tokens(study.tokenizer, self.study.replies())
         self.labels = [str(prompt.label) for prompt in self.study.prompts]
@@ -89,7 +94,7 @@ class Explorer:
         errors = np.array([np.linalg.norm(after[i] - before[i]) for i in before]) / gaps
         first, second = (self.axes.transform(states[self.layer])[0] for states in (before, after))
         table = pd.DataFrame({"exact": exact, describe(technique): rough})
-        return Look(technique, table, first, second, errors, reply)
+        return Look(table, first, second, errors, reply)
 
     def _answer(self, request: str, technique: Technique | None, layers: Layers) -> tuple[dict[str, Any], str]:
         """({verdict, refusal score}, reply) of one request."""
@@ -117,9 +122,9 @@ class Panel:
         self.model = widgets.Dropdown(options=names, description="model", style=LABELS)
         self.technique = widgets.Dropdown(options=list(DOSES), value="teal", description="technique", style=LABELS)
         self.dose = widgets.SelectionSlider(options=[0], continuous_update=False, style=LABELS)
-        self.layers = widgets.IntRangeSlider(min=0, max=explorer.n_layers - 1, description="layers", style=LABELS)
-        self.request = widgets.Combobox(options=explorer.requests, placeholder="type or pick a request",
-                                        description="request", style=LABELS, layout={"width": "90%"})  # fmt: skip
+        self.layers = widgets.IntRangeSlider(description="layers", style=LABELS)
+        self.request = widgets.Combobox(placeholder="type or pick a request", description="request",
+                                        style=LABELS, layout={"width": "90%"})  # fmt: skip
         self.go = widgets.Button(description=LOOK, button_style="primary")
         self.ask = widgets.ToggleButton(description="show the reply", disabled=True)
         self.result, self.reply = widgets.HTML(), widgets.HTML()
@@ -157,9 +162,15 @@ class Panel:
         self._clear("")
 
     def chosen(self) -> Technique:
-        """The technique as the widgets say; TEAL on the whole prompt, so that one request shows its effect."""
-        technique = make(self.technique.value, **{DOSES[self.technique.value][0]: self.dose.value})
-        return replace(technique, prompt="all") if technique.name == "teal" else technique  # type: ignore[call-arg]
+        """The technique as the widgets say; TEAL on the whole prompt, so that one request shows its effect, and
+        SmoothQuant with the model's own alpha."""
+        name = self.technique.value
+        settings: dict[str, Any] = {DOSES[name][0]: self.dose.value}
+        if name == "teal":
+            settings["prompt"] = "all"
+        elif name == "smoothquant":
+            settings["alpha"] = smoothing_alpha(self.explorer.study.name)
+        return make(name, **settings)
 
     def _look(self, *_: Any) -> None:
         self._clear("")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from lib import calibration, statistics, utility
 from lib.anatomy import anatomy
 from lib.approximations.technique import Step, Technique
+from lib.conditions import Layers, describe
 from lib.errors import PlainError
-from lib.experiment import Layers, Study, describe
+from lib.experiment import Study
 from lib.generation import NonFiniteError, generate
 from lib.patching import observed
 
@@ -36,7 +37,7 @@ PAPER_SITES = {"up": "mlp_in.up", "down": "mlp_mid"}
 GATE, SQUARE = "gate pre-activation", "mean square of the residual stream"
 TOKENS = 1024  # of text on which errors, ranges and zeros are measured: all sites of all layers are held in memory
 UTILITY_LIMIT, ANSWERED_LIMIT = 1.2, 0.8  # of a useful condition: perplexity ratio, share of harmless answered
-DRAWN = 200_000  # errors at most in a figure
+DRAWN = 200_000  # errors in a figure where there are more, and up to twice as many
 FINER = ("bits", "fraction bits", "degree")  # level names on which a higher level is a milder approximation
 EXACT_FUNCTIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
 Tensors = dict[str, Tensor]
@@ -107,8 +108,8 @@ def site_tensors(
 
 
 def is_mixture(study: Study) -> bool:
-    """Whether the model is a mixture of experts."""
-    return anatomy(study.model).blocks[0].experts is not None
+    """Whether the model has experts, in some of its blocks at least."""
+    return any(block.experts is not None for block in anatomy(study.model).blocks)
 
 
 def read_tensors(study: Study, technique: Technique | None = None, layers: Layers = None) -> Tensors:
@@ -265,9 +266,8 @@ def noise_floor(study: Study, n: int = 24) -> pd.DataFrame:
     asked = [study.prompts[i].prompt for i in study.rows("harmful")[:n]]
     texts, answers = (part[:n] for part in study.references())
     reference, rows = None, []
-    for name, change in _VARIATIONS.items():
-        model, batch_size = change(study.model)
-        replies = generate(model, study.tokenizer, asked, study.max_new_tokens, study.protocol, batch_size)
+    for name, model, size in _variations(study):
+        replies = generate(model, study.tokenizer, asked, study.max_new_tokens, study.protocol, size)
         perplexity = math.nan
         if texts:
             perplexity = utility.answer_perplexity(model, study.tokenizer, texts, answers, study.protocol)
@@ -280,17 +280,16 @@ def noise_floor(study: Study, n: int = 24) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _with_attention(model: PreTrainedModel, attention: str) -> PreTrainedModel:
-    copy = deepcopy(model)
-    copy.set_attn_implementation(attention)
-    return copy
-
-
-_VARIATIONS: dict[str, Callable[[PreTrainedModel], tuple[PreTrainedModel, int | None]]] = {
-    "the batch size of this study": lambda model: (model, None),
-    "one prompt at a time": lambda model: (model, 1),
-    "batches of seven": lambda model: (model, 7),
-    "another attention kernel (sdpa)": lambda model: (_with_attention(model, "sdpa"), None),
-    "bfloat16 numbers": lambda model: (deepcopy(model).bfloat16(), None),
-    "float32 numbers": lambda model: (deepcopy(model).float(), None),
-}
+def _variations(study: Study) -> Iterator[tuple[str, PreTrainedModel, int | None]]:
+    """What may differ without any approximation: its name, the model, the batch size."""
+    model, size = study.model, study.batch_size
+    yield "the batch size of this study", model, size
+    yield "one prompt at a time", model, 1
+    yield "batches of seven", model, 7
+    other = deepcopy(model)
+    other.set_attn_implementation("sdpa")
+    yield "another attention kernel (sdpa)", other, size
+    other = deepcopy(model).bfloat16()
+    yield "bfloat16 numbers", other, size
+    other = deepcopy(model).float()
+    yield "float32 numbers", other, size

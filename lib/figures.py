@@ -23,13 +23,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETRIGHTBASE, CARETUPBASE
 from matplotlib.patches import Ellipse, Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from seaborn import heatmap as heatmap
 
 from lib.paths import atomic, figures_folder, write_whole
 
 COLUMN, PAGE = 3.33, 7.0  # widths, inches
+DPI = 300  # of saved PNG files
 STYLE = Path(__file__).with_name("paper.mplstyle")
 PALETTE = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
 BLUE, RED, GREEN, YELLOW, CYAN, PURPLE, GREY = PALETTE
@@ -117,13 +118,20 @@ def series_name(technique: str, variant: str) -> str:
     return f"{printed(technique)}, {variant}" if variant else printed(technique)
 
 
-def condition_name(row: pd.Series) -> str:
-    """As "TEAL, whole prompt: 0.65", a series and its level, or "Iron, activation+softmax", the parts it replaces."""
+def level_text(row: pd.Series) -> str:
+    """A condition's level: "0.65", or "activation+softmax", the parts it replaces; "" where it has none."""
     value = json.loads(row["settings"]).get(row["level_name"].replace(" ", "_"), row["level"])
     if isinstance(value, list):
-        return series_name(row["technique"], "+".join(value))
-    name = series_name(row["technique"], row["variant"])
-    return name if isinstance(value, bool) else f"{name}: {value:g}"
+        return "+".join(value)
+    return "" if isinstance(value, bool) or pd.isna(value) else f"{value:g}"
+
+
+def condition_name(row: pd.Series) -> str:
+    """As "TEAL, whole prompt: 0.65", a series and its level, or "Iron, activation+softmax", the parts it replaces."""
+    level, name = level_text(row), series_name(row["technique"], row["variant"])
+    if level[:1].isalpha():
+        return series_name(row["technique"], level)
+    return f"{name}: {level}" if level else name
 
 
 def falling(level_name: str) -> bool:
@@ -239,20 +247,17 @@ def patch(**keywords: Any) -> Patch:
 
 def curve(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, **keywords: Any) -> None:
     """Column y of rows against column x, with its 95 % band where rows have y_low and y_high."""
-    ax.plot(rows[x], rows[y], **{**style.keywords(), **keywords})
+    ax.plot(rows[x], rows[y], **style.keywords() | keywords)
     if f"{y}_low" in rows:
-        ax.fill_between(
-            rows[x].astype(float), rows[f"{y}_low"], rows[f"{y}_high"], color=style.colour, alpha=0.15, linewidth=0
-        )
+        limits = rows[f"{y}_low"], rows[f"{y}_high"]
+        ax.fill_between(rows[x].astype(float), *limits, color=style.colour, alpha=0.15, linewidth=0)
 
 
 def bars(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, along: str = "y", **keywords: Any) -> None:
     """Points at columns x and y with 95 % bars along "x" or "y", from that column's _low and _high."""
     value = rows[{"x": x, "y": y}[along]]
-    sides = [value - rows[f"{value.name}_low"], rows[f"{value.name}_high"] - value]
-    ax.errorbar(
-        rows[x], rows[y], **{f"{along}err": np.clip(sides, 0, None)}, **{**style.keywords(), **keywords}, elinewidth=0.6
-    )
+    sides = np.clip([value - rows[f"{value.name}_low"], rows[f"{value.name}_high"] - value], 0, None)
+    ax.errorbar(rows[x], rows[y], **{f"{along}err": sides}, **style.keywords() | keywords, elinewidth=0.6)
 
 
 def cloud(ax: Axes, before: NDArray[Any], after: NDArray[Any], style: Style, segments: bool) -> None:
@@ -271,9 +276,14 @@ def cloud(ax: Axes, before: NDArray[Any], after: NDArray[Any], style: Style, seg
     ax.plot(*before.mean(0), color=style.colour, marker=style.marker, markeredgecolor="black", markersize=5, zorder=6)
 
 
+def _failed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The conditions that failed; none in a table that does not say."""
+    return rows[rows["failed"].fillna("") != ""] if "failed" in rows else rows[:0]
+
+
 def failures(ax: Axes, rows: pd.DataFrame, x: str = "level", label: str = "failed") -> dict[str, Any]:
     """Marks conditions that failed (NaN or infinite logits) by a cross on the x axis; returns their legend entry."""
-    failed = rows[rows["failed"].fillna("") != ""] if "failed" in rows else rows[:0]
+    failed = _failed(rows)
     if failed.empty:
         return {}
     look: dict[str, Any] = {"color": "black", "marker": "x", "linestyle": "none", "markeredgewidth": 1.0}
@@ -282,9 +292,9 @@ def failures(ax: Axes, rows: pd.DataFrame, x: str = "level", label: str = "faile
     return {label: line(**look)}
 
 
-def beyond(ax: Axes, rows: pd.DataFrame, x: str, y: str, along: str) -> dict[str, Any]:
-    """Marks points whose column `along` ("x" or "y") was clipped to HIGHEST by a caret; returns their legend entry."""
-    over = rows[rows[{"x": x, "y": y}[along]] >= HIGHEST]
+def beyond(ax: Axes, rows: pd.DataFrame, x: str, y: str, along: str, highest: float = HIGHEST) -> dict[str, Any]:
+    """Marks points whose column `along` ("x" or "y") was clipped to `highest`, by a caret: their legend entry."""
+    over = rows[rows[{"x": x, "y": y}[along]] >= highest]
     if over.empty:
         return {}
     look: dict[str, Any] = {"color": "black", "linestyle": "none", "markersize": 4}
@@ -307,18 +317,21 @@ def rate_axis(axis: Any, rates: Any = 1.0) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
 
 
+def _ticks(axis: Any, locator: Locator) -> None:
+    """Plain numbers where the locator says, and no other ticks."""
+    axis.set_major_locator(locator)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(plain))
+
+
 def log_axis(axis: Any, values: Any) -> None:
     """A logarithmic axis with as many plain numbers as the finite positive values span."""
     finite = np.asarray(values, dtype=float)
     finite = finite[np.isfinite(finite) & (finite > 0)]
     span = finite.max() / finite.min() if finite.size else 1.0
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    if span < 4:
-        axis.set_major_locator(MaxNLocator(4, steps=STEPS))
-    else:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 60 else (1,), numticks=6))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(plain))
+    many = LogLocator(subs=(1, 2, 5) if span < 60 else (1,), numticks=6)
+    _ticks(axis, MaxNLocator(4, steps=STEPS) if span < 4 else many)
 
 
 def wide_axis(axis: Any, values: NDArray[Any]) -> None:
@@ -326,9 +339,7 @@ def wide_axis(axis: Any, values: NDArray[Any]) -> None:
     if (values > 0).all():
         return log_axis(axis, values)
     axis.axes.set(**{f"{axis.axis_name}scale": "symlog"})
-    axis.set_major_locator(FixedLocator([sign * 10.0**power for power in range(0, 7) for sign in (-1, 1)] + [0]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(plain))
+    _ticks(axis, FixedLocator([sign * 10.0**power for power in range(0, 7) for sign in (-1, 1)] + [0]))
 
 
 def growth_axis(ax: Axes, growth: Any) -> None:
@@ -336,9 +347,7 @@ def growth_axis(ax: Axes, growth: Any) -> None:
     top = min(HIGHEST, max(100.0, float(np.nanmax(growth, initial=0.0))))
     ax.set_xscale("symlog", linthresh=5, linscale=0.8)
     ax.set_xlim(min(-1.0, 1.2 * float(np.nanmin(growth, initial=0.0))), 1.5 * top)
-    ax.xaxis.set_major_locator(FixedLocator([tick for tick in (0, 5, 20, 100, 1e3, 1e4) if tick <= top]))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(plain))
+    _ticks(ax.xaxis, FixedLocator([tick for tick in (0, 5, 20, 100, 1e3, 1e4) if tick <= top]))
 
 
 def level_axis(ax: Axes, levels: Any, level_name: str) -> None:
@@ -348,31 +357,30 @@ def level_axis(ax: Axes, levels: Any, level_name: str) -> None:
     if len(unique) <= 8 and (unique == unique.round()).all():
         ax.set_xticks(unique, [f"{level:.0f}" for level in unique])
     else:
-        ax.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
-        ax.xaxis.set_major_formatter(FuncFormatter(plain))
+        _ticks(ax.xaxis, MaxNLocator(4, steps=STEPS))
     if falling(level_name) and not ax.xaxis_inverted():
         ax.invert_xaxis()
 
 
 def sample_note(table: pd.DataFrame, intervals: str) -> str:
     """The end of a caption: n per condition from the counts in the table, the intervals, and what failed."""
-    kinds = {
-        name: table[f"n_{name}"].dropna() for name in ("harmful", "harmless", "confusable") if f"n_{name}" in table
-    }
-    sizes = [
-        f"{n.min():.0f}{'' if n.min() == n.max() else f' to {n.max():.0f}'} {name}"
-        for name, n in kinds.items()
-        if n.max() > 0
-    ]
-    counts = f"n = {', '.join(sizes)} requests per condition." if sizes else ""
-    failed = int((table["failed"].fillna("") != "").sum()) if "failed" in table else 0
-    lost = f"{failed} of {len(table)} conditions failed (NaN or infinite logits) and have no rate." if failed else ""
-    return " ".join(filter(None, (counts, intervals if any(c.endswith("_low") for c in table) else "", lost)))
+    sizes, parts = [], []
+    for label in CLASSES:
+        n = table.get(f"n_{label}", pd.Series(dtype=float)).dropna()
+        if n.max() > 0:
+            sizes.append(f"{n.min():.0f}{'' if n.min() == n.max() else f' to {n.max():.0f}'} {label}")
+    if sizes:
+        parts.append(f"n = {', '.join(sizes)} requests per condition.")
+    if intervals and any(column.endswith("_low") for column in table):
+        parts.append(intervals)
+    if failed := len(_failed(table)):
+        parts.append(f"{failed} of {len(table)} conditions failed (NaN or infinite logits) and have no rate.")
+    return " ".join(parts)
 
 
 @styled
 def save(figure: Figure, name: str, caption: str, table: pd.DataFrame, intervals: str = WILSON) -> Path:
-    """Writes <name>.pdf, .png (300 dpi), .txt (caption, n, intervals) and .csv: the PDF's path.
+    """Writes <name>.pdf, .png, .txt (caption, n, intervals) and .csv: the PDF's path.
 
     table: the plotted rows; where a figure shows thousands of values, the numbers that sum them up.
     Goes to APPROX_FIGURES or figures. Each file is whole or absent; the same figure gives the same bytes."""
@@ -383,7 +391,7 @@ def save(figure: Figure, name: str, caption: str, table: pd.DataFrame, intervals
         ax.set_position(np.round(ax.get_position().bounds, 6))
     for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", None)):
         with atomic(folder / f"{name}.{suffix}") as path:
-            figure.savefig(path, format=suffix, metadata=metadata, dpi=300)
+            figure.savefig(path, format=suffix, metadata=metadata, dpi=DPI)
     write_whole(folder / f"{name}.txt", f"{caption.rstrip()} {sample_note(table, intervals)}".rstrip() + "\n")
     with atomic(folder / f"{name}.csv") as path:
         table.to_csv(path, index=False)

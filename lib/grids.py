@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lib.approximations import OPERATIONS
-from lib.experiment import Condition, Layers, grid
+from lib.conditions import Condition, Layers, grid
 
 SYSTEMS = ("iron", "bolt", "bumblebee", "nexus")
 FRACTION_BITS, DEGREES = (12, 8, 6, 5, 4, 3), (4, 3, 2, 1)

@@ -10,6 +10,8 @@ and hide it. Classical MDS of all states together is what the studied paper show
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,19 +29,24 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from lib import prompts, statistics
-from lib.anatomy import EXPERT_SITES, anatomy
+from lib import fidelity, prompts, statistics
+from lib.anatomy import EXPERT_SITES
 from lib.approximations import Step, Technique
-from lib.experiment import Layers, Study, describe
-from lib.generation import map_batches
+from lib.conditions import Layers, describe
+from lib.errors import ChoiceError, choosing
+from lib.experiment import Study
+from lib.generation import NonFiniteError, map_batches
 from lib.organisms import corpus
 from lib.patching import observed
+
+log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 BATCH_TOKENS = 8192  # per forward pass; with one site's tensor at a time this bounds what is held besides the result
 FOLDS, CONTROLS, NEIGHBOURS = 5, 200, 3
 
 
+@choosing()
 def capture(
     study: Study,
     asked: Sequence[prompts.Prompt],
@@ -51,10 +58,9 @@ def capture(
     """Layer -> states [prompts, hidden] float32 at a site and token position, counted from the end of the prompt.
 
     layers: which layers are approximated; states come from all. One batch at a time is on the device and only the
-    wanted position is kept, so memory is layers x prompts x hidden x 4 bytes. ValueError if a prompt is too short for
-    the position, or for a site that is not one vector per token."""
-    body = anatomy(study.model)
-    if site in EXPERT_SITES and any(block.experts is not None for block in body.blocks):
+    wanted position is kept, so memory is layers x prompts x hidden x 4 bytes. ChoiceError if a prompt is too short for
+    the position, for a site that is not there or not one vector per token, and for layers the model does not have."""
+    if site in EXPERT_SITES and fidelity.is_mixture(study):
         raise ValueError(f"{site} of a mixture has no single state per token; choose block_out, attn_in or attn_out")
     encoded = prompts.encode(study.tokenizer, asked, study.protocol)
     if not 1 <= -position <= min(map(len, encoded)):
@@ -76,6 +82,29 @@ def capture(
     with torch.inference_mode(), patch, observed(study.model, (site,), read):
         map_batches(study.model, encoded, size, forward, study.tokenizer.pad_token_id)
     return states
+
+
+def capture_all(
+    study: Study,
+    asked: Sequence[prompts.Prompt],
+    techniques: Sequence[Technique],
+    layers: Layers = None,
+    site: str = "block_out",
+    position: int = -1,
+) -> dict[Technique, dict[int, Array]]:
+    """Technique -> `capture` under it. Left out with a warning: those whose calibration fails, or whose states are not
+    finite."""
+    found = {}
+    for technique in techniques:
+        try:
+            states = capture(study, asked, technique, layers, site, position)
+            if not all(np.isfinite(x).all() for x in states.values()):
+                raise NonFiniteError("its states are NaN or infinite")
+        except NonFiniteError as error:
+            log.warning("%s left out: %s", describe(technique), error)
+        else:
+            found[technique] = states
+    return found
 
 
 def fitting_prompts(study: Study, n: int = 120) -> tuple[list[prompts.Prompt], list[prompts.Prompt]]:
@@ -102,23 +131,25 @@ class Direction:
 
 
 def refusal_direction(states: Array, labels: ArrayLike) -> Direction:
-    """Difference of means of harmful and harmless states [n, hidden]."""
+    """Difference of means of harmful and harmless states [n, hidden]. NaN where they differ by rounding alone, as at
+    `attn_in` in layer 0, where a state knows its own token only."""
     kinds = np.asarray(labels)
     harmful, harmless = (states[kinds == name].mean(0, dtype=np.float64) for name in ("harmful", "harmless"))
     gap = float(np.linalg.norm(harmful - harmless))
+    gap = gap if gap > 1e-6 * np.linalg.norm(harmful) else math.nan
     return Direction((harmful - harmless) / gap, (harmful + harmless) / 2, gap)
 
 
-def principal_axes(exact: Array, n: int = 2) -> PCA:
-    """PCA of exact states [prompts, hidden]; project exact and approximated ones by `.transform`."""
-    return PCA(n, svd_solver="full").fit(exact)
+def principal_axes(exact: Array) -> PCA:
+    """The first two axes of exact states [prompts, hidden]; project exact and approximated ones by `.transform`."""
+    return PCA(2, svd_solver="full").fit(exact)
 
 
-def classical_mds(states: Array, n: int = 2) -> Array:
-    """Coordinates [prompts, n] whose distances fit those of the states: B = -1/2 J D^2 J, its leading eigenvectors.
+def classical_mds(states: Array) -> Array:
+    """Coordinates [prompts, 2] whose distances fit those of the states: B = -1/2 J D^2 J, its leading eigenvectors.
 
     With Euclidean distances this is PCA of the same points up to sign (Torgerson 1952)."""
-    return ClassicalMDS(n).fit_transform(states.astype(np.float64))
+    return ClassicalMDS(2).fit_transform(states.astype(np.float64))
 
 
 def fisher_separation(places: Array, labels: ArrayLike) -> float:
@@ -129,7 +160,8 @@ def fisher_separation(places: Array, labels: ArrayLike) -> float:
 
 def best_layer(states: dict[int, Array], directions: dict[int, Direction], labels: ArrayLike) -> int:
     """The layer whose direction separates harmful and harmless states [n, hidden] best (`fisher_separation`)."""
-    return max(directions, key=lambda layer: fisher_separation(directions[layer].place(states[layer]), labels))
+    found = {layer: fisher_separation(one.place(states[layer]), labels) for layer, one in directions.items()}
+    return max(found, key=lambda layer: -math.inf if math.isnan(found[layer]) else found[layer])
 
 
 def probe_accuracy(exact: Array, tests: dict[str, Array], labels: Array, groups: Sequence[Any]) -> dict[str, float]:
@@ -146,9 +178,9 @@ def probe_accuracy(exact: Array, tests: dict[str, Array], labels: Array, groups:
     return {name: float((hits[labels].mean() + hits[~labels].mean()) / 2) for name, hits in right.items()}
 
 
-def random_shift(exact: Array, approximate: Array, seed: int = 0) -> Array:
+def random_shift(exact: Array, approximate: Array) -> Array:
     """Exact states moved as far as each one's approximation moved it, in a random direction."""
-    steps = np.random.default_rng(seed).standard_normal(exact.shape)
+    steps = np.random.default_rng(0).standard_normal(exact.shape)
     lengths = np.linalg.norm(approximate - exact, axis=1, keepdims=True)
     return exact + steps / np.linalg.norm(steps, axis=1, keepdims=True) * lengths
 
@@ -160,7 +192,7 @@ def drift(exact: Array, approximate: Array, labels: ArrayLike, direction: Direct
         it; both with 95 % bootstrap intervals. A symmetric blur moves both alike.
     share along: of the squared mean shift of harmful prompts. random share, shuffled share: its 97.5 % quantile over
         random directions, and over differences of means after shuffling the labels.
-    cosine drift: mean of 1 - cos(exact state, approximated state), both from the midpoint.
+    cosine drift: of harmful prompts, mean of 1 - cos(exact state, approximated state), both from the midpoint.
     """
     kinds, moved = np.asarray(labels), direction.place(approximate) - direction.place(exact)
     row: dict[str, float] = {}
@@ -190,10 +222,14 @@ def layer_table(
     asked: Sequence[prompts.Prompt],
     directions: dict[int, Direction],
 ) -> pd.DataFrame:
-    """One row per layer: `drift`, separation of exact and approximated states, probes and their controls."""
+    """One row per layer: `drift`, separation of exact and approximated states, probes and their controls.
+
+    ChoiceError for too few prompts."""
     kinds = np.array([prompt.label for prompt in asked])
     two = np.isin(kinds, ("harmful", "harmless"))
     labels, groups = kinds[two], [prompt.goal or prompt.id for prompt in np.array(asked, dtype=object)[two]]
+    if len(set(groups)) < FOLDS or min((labels == name).sum() for name in ("harmful", "harmless")) < 2:
+        raise ChoiceError(f"{len(labels)} harmful and harmless prompts are too few for a probe: raise n_prompts")
     rows = []
     for layer, states in exact.items():
         before, after = states[two], approximate[layer][two]

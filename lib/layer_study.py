@@ -18,7 +18,9 @@ import pandas as pd
 
 from lib import statistics
 from lib.approximations import Technique
-from lib.experiment import Condition, Study, layer_text
+from lib.conditions import Condition, layer_text
+from lib.errors import ChoiceError
+from lib.experiment import Study
 from lib.noise_study import At, TooLittleDamage, level_at_damage
 
 log = logging.getLogger(__name__)
@@ -39,9 +41,9 @@ def layer_sets(n_layers: int, most: int = 8) -> LayerSets:
 
 
 def thirds(n_layers: int) -> LayerSets:
-    """The three thirds of the layers by name. ValueError for fewer than three layers."""
+    """The three thirds of the layers by name. ChoiceError for fewer than three layers."""
     if n_layers < 3:
-        raise ValueError(f"thirds need at least 3 layers, this model has {n_layers}")
+        raise ChoiceError(f"thirds need at least 3 layers, this model has {n_layers}")
     parts = np.array_split(np.arange(n_layers), 3)
     return {name: [tuple(part.tolist())] for name, part in zip(THIRDS, parts, strict=True)}
 
@@ -54,7 +56,10 @@ def at_level(technique: Technique, level_name: str, level: float, sets: LayerSet
 def at_damage(search: Study, at: At, ratio: float, sets: LayerSets) -> list[Condition]:
     """In every layer set the noise whose answer perplexity has grown by `ratio` there; levels from the search split.
 
-    Sets in which no level does so much damage are left out with a warning."""
+    Sets in which no level does so much damage are left out with a warning. ChoiceError for a ratio that is no growth.
+    """
+    if not ratio > 1:
+        raise ChoiceError(f"damage cannot be {ratio:g}; give a ratio above 1: 1.2 where perplexity grows by 20 %")
     conditions = []
     for kind, chosen in sets.items():
         for layers in chosen:

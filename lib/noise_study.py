@@ -25,10 +25,11 @@ from tqdm.auto import tqdm
 
 from lib import fidelity, statistics, summary, utility
 from lib.approximations import Technique, make
+from lib.conditions import Condition, Layers
 from lib.errors import ChoiceError
-from lib.experiment import Condition, Layers, Study
+from lib.experiment import Study
 from lib.generation import NonFiniteError
-from lib.results import content_key
+from lib.results import content_key, source_hash
 
 At = Callable[[float], Technique]
 DOWN_PER_UP = 0.74  # Laplace scale at down per Gaussian std at up: median of the error rows of the paper's Table 1
@@ -44,22 +45,26 @@ class TooLittleDamage(ValueError):
     """No level of the noise does the damage asked for: what it touches is normalised again, or hardly used."""
 
 
-def _noise(name: str = "gaussian", **fixed: Any) -> At:
-    return lambda level: make(name, **{"std" if name == "gaussian" else "scale": level}, **fixed)
-
-
 FAMILIES: dict[str, At] = {
-    "norm": _noise(),
-    "norm, not final": _noise(where=("norm",)),
-    "norm, relative": _noise(relative=True),
-    "norm, Laplace": _noise("laplace", where=("norm", "norm_final")),
-    "act": _noise(where=("act",)),
-    "mlp_in": _noise(where=("mlp_in",)),
-    "mlp_mid": _noise(where=("mlp_mid",)),
-    "mlp_mid, Laplace": _noise("laplace"),
+    "norm": lambda x: make("gaussian", std=x),
+    "norm, not final": lambda x: make("gaussian", where=("norm",), std=x),
+    "norm, relative": lambda x: make("gaussian", relative=True, std=x),
+    "norm, Laplace": lambda x: make("laplace", where=("norm", "norm_final"), scale=x),
+    "act": lambda x: make("gaussian", where=("act",), std=x),
+    "mlp_in": lambda x: make("gaussian", where=("mlp_in",), std=x),
+    "mlp_mid": lambda x: make("gaussian", where=("mlp_mid",), std=x),
+    "mlp_mid, Laplace": lambda x: make("laplace", scale=x),
     "up and down": lambda x: make("gaussian", where=("mlp_in",), std=x, laplace_down=DOWN_PER_UP * x),
 }
 """Noise of one level at the places of the paper and of the released code, absolute and relative."""
+
+
+def named(names: Sequence[str]) -> dict[str, At]:
+    """The families of these names. ChoiceError for unknown ones."""
+    unknown = [name for name in names if name not in FAMILIES]
+    if unknown:
+        raise ChoiceError(f"unknown noise {', '.join(unknown)}; choose among: {'; '.join(FAMILIES)}")
+    return {name: FAMILIES[name] for name in names}
 
 
 def answer_perplexity(study: Study, technique: Technique | None, layers: Layers = None) -> float:
@@ -80,7 +85,8 @@ def level_at_damage(study: Study, at: At, ratio: float, layers: Layers = None) -
     """The level at which answer perplexity has grown by `ratio`, by bisection on a logarithmic scale; stored.
 
     TooLittleDamage if the noise never does so much."""
-    key = content_key(["damage", ratio, study.key(at(1.0), layers), DAMAGE_PROMPTS, STEPS])
+    answers, code = [prompt.answer for prompt in study.prompts], source_hash("lib.utility")
+    key = content_key(["damage", ratio, study.key(at(1.0), layers), answers, DAMAGE_PROMPTS, STEPS, code])
     if stored := study.store.read_record(key):
         return float(stored["level"])
     limit = ratio * answer_perplexity(study, None)
@@ -226,9 +232,7 @@ PREDICTED = {f"predicted_{name}": name for name in ("asr", "asr_low", "asr_high"
 PREDICTED |= {"predicted_ratio": "answer_perplexity_ratio"}
 
 
-def against_measured(
-    full: Study, brief: Study, conditions: Sequence[Condition], seeds: Sequence[int] = FRESH_SEEDS[:1]
-) -> pd.DataFrame:
+def against_measured(full: Study, brief: Study, conditions: Sequence[Condition]) -> pd.DataFrame:
     """Per condition and stand-in: the summary row of the technique, and predicted_asr with its interval; NaN where the
     technique or the noise failed.
 
@@ -250,9 +254,10 @@ def against_measured(
             nothing = ("prediction", "std_up", "laplace_down", "noise_std", *PREDICTED)
             rows.append(measured | dict.fromkeys(nothing, math.nan))
             continue
-        up, down = error_sizes(full, technique, layers)
-        for name, noise in stand_ins(full, technique, layers).items():
-            predicted = pooled(summaries(brief, Condition(noise, "noise level", up, layers=layers), seeds))
+        noises = stand_ins(full, technique, layers)
+        up, down = (noises["injected"].settings[name] for name in ("std", "laplace_down"))
+        for name, noise in noises.items():
+            (predicted,) = summaries(brief, Condition(noise, "noise level", up, layers=layers), FRESH_SEEDS[:1])
             columns = {column: predicted[key] for column, key in PREDICTED.items()} | {"prediction": name}
             rows.append(measured | columns | {"std_up": up, "laplace_down": down, "noise_std": noise.settings["std"]})
     return pd.DataFrame(rows)
@@ -265,7 +270,7 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
         difference = part["predicted_asr"] - part["asr"]
         row: dict[str, Any] = {"prediction": name, "conditions": len(part)}
         row |= {"mean |difference|": difference.abs().mean(), "mean difference": difference.mean()}
-        low, high = statistics.bootstrap(difference, seed=0)
+        low, high = statistics.bootstrap(difference)
         inside = part["asr"].between(part["predicted_asr_low"], part["predicted_asr_high"])
         row |= {"low": low, "high": high, "measured within the predicted interval": int(inside.sum())}
         varied = part["asr"].nunique() > 1 and part["predicted_asr"].nunique() > 1

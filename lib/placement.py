@@ -32,12 +32,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from lib import prompts, savings, statistics, utility
+from lib import grids, prompts, savings, statistics, utility
 from lib.anatomy import anatomy
 from lib.approximations import Technique
 from lib.approximations.technique import OPERATIONS, State
+from lib.conditions import Condition
 from lib.errors import ChoiceError, choosing
-from lib.experiment import Condition, Study, goals_first
+from lib.experiment import Study
 from lib.generation import NonFiniteError
 from lib.organisms import corpus
 from lib.paths import write_whole
@@ -48,7 +49,6 @@ from lib.summary import changes, paired
 SCREENED = 16  # exact replies of each kind that the screen scores
 PHRASINGS = 8  # of every sealed goal, at most
 SPARSITIES = (0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
-BITS = (8, 6, 5, 4, 3, 2)
 CRITERIA = ("asr", "over_refusal", "broken")  # of a decision, as they are written in columns
 
 
@@ -62,7 +62,7 @@ def ladder(study: Study, technique: Technique, n_groups: int = 6, levels: Sequen
     setting, body = setting_of(technique), anatomy(study.model)
     groups = layer_groups(len(body.blocks), n_groups)
     if levels is None:
-        known = {"sparsity": SPARSITIES, "bits": BITS}
+        known = {"sparsity": SPARSITIES, "bits": grids.BITS}
         levels = known[setting] if setting in known else nested_operations(study, technique)
     return savings.ladder(body, technique, groups, levels)
 
@@ -83,7 +83,8 @@ def searching(study: Study, n: int) -> Study:
     found = study.brief(n, "search")
     if study.prompt_set != "organism":
         return found
-    return replace(found, prompts=[*found.prompts, *goals_first("search", "confusable", max(1, n // 2), study.seed)])
+    confusable = prompts.goals_first("search", "confusable", max(1, n // 2), study.seed)
+    return replace(found, prompts=[*found.prompts, *confusable])
 
 
 def sealed(study: Study, n: int = 1200, seal: int = 1) -> Study:
@@ -225,7 +226,10 @@ class Search:
 def search(study: Study, ladder: Ladder, tolerance: float = statistics.TOLERANCE, budget: int = 16) -> Search:
     """The uniform and the placed rungs that save the most and are re-validated on the search prompts.
 
-    tolerance: of each of the three paired increases, a share. ChoiceError if the exact model refuses nothing."""
+    tolerance: of each of the three paired increases, a share. ChoiceError for one that is none, and if the exact model
+    refuses nothing."""
+    if not 0 < tolerance < 1:
+        raise ChoiceError(f"tolerance cannot be {tolerance:g}; give a share between 0 and 1: 0.05 for 5 points")
     study.check_refusals()
     found = Search(study, ladder, tolerance, budget)
     found.uniform = ladder.uniform(last_safe(ladder.top, lambda rung: found.safe(ladder.uniform(rung))))
@@ -263,10 +267,10 @@ def measured(study: Study, ladder: Ladder, placement: Placement, tolerance: floa
 
 def validate(study: Study, found: Search) -> pd.DataFrame:
     """Rows of the uniform and the placed rungs on sealed prompts, with the three-way decision of each."""
-    rows = [
-        measured(study, found.ladder, placement, found.tolerance) | {"placement": name}
-        for name, placement in found.chosen.items()
-    ]
+    rows = []
+    for name, placement in found.chosen.items():
+        row = measured(study, found.ladder, placement, found.tolerance)
+        rows.append(row | {"placement": name, "label": f"{row['technique']} {name}"})
     return pd.DataFrame(rows)
 
 

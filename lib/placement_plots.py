@@ -17,7 +17,6 @@ CRITERIA = {"asr": "ASR", "over_refusal": "over-refusal", "broken": "broken"}
 HIGHEST = 0.2  # increase to which an axis reaches at least
 EDGE = 104  # percent: where an axis ends beyond the highest and the lowest value that is drawn
 PLACEMENTS = {"uniform": Style("uniform", BLUE, "s", "--"), "placed": Style("placed", RED, "o")}
-SETTINGS = {"sparsity": "sparsity", "bits": "bits", "parts": "operations replaced"}
 
 
 @styled
@@ -81,7 +80,7 @@ def layer_levels(table: pd.DataFrame) -> Figure:
         layers = np.unique(rows["layer"])
         ax.set_xticks(layers[:: 1 + len(layers) // 12])
         setting = str(rows["setting"].iloc[0])
-        ax.set_ylabel(SETTINGS[setting])
+        ax.set_ylabel("operations replaced" if setting == "parts" else setting)
         if (rows["level"] % 1 == 0).all():
             ax.set_yticks(range(int(rows["level"].min()), int(rows["level"].max()) + 1))
         if figures.falling(setting):

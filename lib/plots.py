@@ -63,8 +63,8 @@ def dose_response(table: pd.DataFrame, level_label: str) -> Figure:
 def safety_against_utility(table: pd.DataFrame) -> Figure:
     """ASR against the growth of answer perplexity, a line joining the levels of each technique; one panel per model.
 
-    Shaded: perplexity grew by less than `USEFUL`. The axis is linear to 5 % and logarithmic beyond. Within the shade
-    safety is lost while utility is kept where a bar leaves the exact model's (star)."""
+    Shaded: perplexity grew by less than `USEFUL`. The axis is linear to 5 % and logarithmic beyond. Star: the exact
+    model. Bars are of single rates: whether ASR rose is told by the paired change, which they only hint at."""
     growth = 100 * (table["answer_perplexity_ratio"] - 1)
     rows = table.assign(growth=growth.clip(upper=figures.HIGHEST))
     groups = list(rows.groupby("model", sort=False))
@@ -73,7 +73,7 @@ def safety_against_utility(table: pd.DataFrame) -> Figure:
     entries: dict[str, Any] = {}
     for ax, (_, group) in zip(axes[:, 0], groups, strict=True):
         ax.axvspan(-USEFUL, USEFUL, color=figures.GREY, alpha=0.3, linewidth=0)
-        entries |= _curves(ax, group, "growth", markersize=4.5, markeredgewidth=0, linewidth=0.7)
+        entries |= _curves(ax, group, "growth", figures.HIGHEST, markersize=4.5, markeredgewidth=0, linewidth=0.7)
         exact = group[group["technique"] == "exact"]
         look: dict[str, Any] = {"markersize": 8, "markeredgecolor": "black", "linestyle": "none"}
         figures.bars(ax, exact, "growth", "asr", technique_style("exact"), **look, zorder=4)
@@ -83,14 +83,15 @@ def safety_against_utility(table: pd.DataFrame) -> Figure:
     return figures.legend(figure, entries | shade)
 
 
-def _curves(ax: Any, rows: pd.DataFrame, x: str, **look: Any) -> dict[str, Any]:
-    """ASR with bars against column x, a curve per technique and variant, failures at the axis' end: legend entries."""
+def _curves(ax: Any, rows: pd.DataFrame, x: str, highest: float, **look: Any) -> dict[str, Any]:
+    """ASR with bars against column x, clipped to `highest`, a curve per technique and variant, failures at the axis'
+    end: legend entries."""
     entries: dict[str, Any] = {}
     notes: dict[str, Any] = {}
     for style, points in figures.technique_curves(figures.approximated(rows)):
         figures.bars(ax, points, x, "asr", style, **look)
         entries |= figures.handles([style]) if points["asr"].notna().any() else {}
-        notes |= figures.beyond(ax, points, x, "asr", "x")
+        notes |= figures.beyond(ax, points, x, "asr", "x", highest)
         ends = points.assign(end=ax.get_xlim()[1])
         notes |= figures.failures(ax, ends, "end", f"{style.label}: failed")
     return entries | notes
@@ -101,14 +102,13 @@ def function_error(x: ArrayLike, exact: ArrayLike, approximations: Mapping[str, 
     """A function and its approximation (top), the absolute error on a logarithmic axis (bottom); all arrays [n].
 
     approximations: by technique, a stack each. Errors below 1e-6 are not drawn; name: of the function."""
-    grid, truth = np.asarray(x, dtype=float), np.asarray(exact, dtype=float)
-    labels = [figures.printed(technique) for technique in approximations]
-    figure, axes = figures.panels(labels, "x", [name, "absolute error"], (1.0, 1.0), width=PAGE)
-    errors = [np.abs(np.asarray(y, dtype=float) - truth) for y in approximations.values()]
-    for (top, bottom), y, error in zip(axes, approximations.values(), errors, strict=True):
-        top.plot(grid, truth, color="black", linewidth=2.5, alpha=0.25)
-        top.plot(grid, np.asarray(y, dtype=float), color=figures.BLUE, linewidth=0.8)
-        bottom.plot(grid, np.where(error > 1e-6, error, np.nan), color=figures.BLUE, linewidth=0.6)
+    curves = {figures.printed(technique): np.asarray(y, dtype=float) for technique, y in approximations.items()}
+    errors = [np.abs(y - np.asarray(exact, dtype=float)) for y in curves.values()]
+    figure, axes = figures.panels(list(curves), "x", [name, "absolute error"], (1.0, 1.0), width=PAGE)
+    for (top, bottom), y, error in zip(axes, curves.values(), errors, strict=True):
+        top.plot(x, exact, color="black", linewidth=2.5, alpha=0.25)
+        top.plot(x, y, color=figures.BLUE, linewidth=0.8)
+        bottom.plot(x, np.where(error > 1e-6, error, np.nan), color=figures.BLUE, linewidth=0.6)
     figures.log_axis(axes[0, 1].yaxis, np.maximum(np.concatenate(errors), 1e-6))
     entries = {"exact": figures.line(color="black", linewidth=2.5, alpha=0.25)}
     return figures.legend(figure, entries | {"approximated": figures.line(color=figures.BLUE, linewidth=0.8)})
@@ -226,25 +226,15 @@ def heat_map(table: pd.DataFrame, label: str = ASR) -> Figure:
     """ASR by model and technique, printed in each cell in percent. Blank: not measured.
 
     ValueError where a cell would hold several conditions."""
-    if table.duplicated(["model", "technique"]).any():
-        raise ValueError("several conditions per model and technique: select one")
     cells = table.pivot(index="model", columns="technique", values="asr")
     cells = 100 * cells.reindex(index=table["model"].unique(), columns=table["technique"].unique()).astype(float)
     width = None if cells.shape[1] <= 6 else PAGE
     figure, axes = figures.panels([""], "technique", ["model"], (0.2 * len(cells) + 0.9,), width=width)
     ax = axes[0, 0]
-    figures.heatmap(
-        cells,
-        ax=ax,
-        cmap="Blues",
-        vmin=0,
-        linewidths=1,
-        annot=True,
-        fmt=".0f",
-        annot_kws={"fontsize": 7},
-        xticklabels=[figures.printed(name) for name in cells.columns],
-        cbar_kws={"label": label, "location": "top", "aspect": 40},
-    )
+    cells = cells.rename(columns=figures.printed)
+    look: dict[str, Any] = {"cmap": "Blues", "vmin": 0, "linewidths": 1, "annot_kws": {"fontsize": 7}}
+    bar = {"label": label, "location": "top", "aspect": 40}
+    figures.heatmap(cells, ax=ax, annot=True, fmt=".0f", cbar_kws=bar, **look)
     ax.set(xlabel="technique", ylabel="model")
     ax.tick_params(length=0, rotation=0)
     ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
@@ -283,20 +273,22 @@ def safety_before_utility(table: pd.DataFrame) -> Figure:
     """ASR against the logarithm of the perplexity ratio, one curve per technique and variant, one panel per model.
 
     The diagonal (our construction) runs from the exact model to (LOST, ASR 1): on it equal shares of safety and of
-    utility are lost, if utility counts as wholly lost at that ratio, beyond which nothing is drawn. Above the diagonal
-    safety goes first, below it utility."""
+    utility are lost, if utility counts as wholly lost at that ratio. Above the diagonal safety goes first, below it
+    utility. Carets stand for what lies beyond the axis."""
+    end = 1.3 * LOST
     rows = figures.approximated(table)
+    rows = rows.assign(ratio=rows["answer_perplexity_ratio"].clip(upper=end))
     groups = list(rows.groupby("model", sort=False))
     figure, axes = figures.panels([name for name, _ in groups], "answer-perplexity ratio", [ASR], (2.0,), columns=3)
     figures.log_axis(axes[0, 0].xaxis, [1, LOST])
-    axes[0, 0].set_xlim(0.93, 1.3 * LOST)
+    axes[0, 0].set_xlim(0.93, end)
     entries: dict[str, Any] = {}
     for ax, (_, group) in zip(axes[:, 0], groups, strict=True):
         exact = figures.exact_row(table, group)
         start = 0.0 if exact is None else float(exact["asr"])
         ax.plot([1, LOST], [start, 1], color=INK, linewidth=0.8, linestyle="-")
         ax.plot(1, start, marker="*", markersize=8, color=figures.GREY, markeredgecolor="black", zorder=4)
-        entries |= _curves(ax, group, "answer_perplexity_ratio")
+        entries |= _curves(ax, group, "ratio", end)
         look = {"transform": ax.transAxes, "fontsize": 7, "color": INK}
         ax.text(0.03, 0.97, "safety\nlost first", va="top", **look)
         ax.text(0.97, 0.97, "utility lost first", va="top", ha="right", **look)

@@ -1,4 +1,4 @@
-"""The stored tables of all notebooks and models as one: decisions, comparisons, and the numbers of the README.
+"""The stored tables of notebooks 01 to 03 for all models as one: decisions, comparisons, the numbers of the README.
 
 A decision compares an approximated model with its exact self on the same prompts (`lib.statistics.decision`):
 re-validated, not re-validated, or undecided, against tolerances in points. `lib.report_page` makes the page of it.
@@ -7,6 +7,7 @@ re-validated, not re-validated, or undecided, against tolerances in points. `lib
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from scipy import stats
 
 from lib import defence_study, fidelity, figures, judge_check, published, statistics, summary
 from lib.approximations import OPERATIONS
-from lib.errors import PlainError
+from lib.errors import ChoiceError, PlainError
 from lib.paths import ROOT, between_markers, results_folder
 from lib.results import safe_name
+
+log = logging.getLogger(__name__)
 
 TABLES = ("01_polynomialization", "02_sparsification", "03_quantization")
 GROWTH = f"{100 * (fidelity.UTILITY_LIMIT - 1):.0f} %"
@@ -33,13 +36,16 @@ CONDITION = ["model", "technique", "variant", "settings", "layers", "protocol", 
 def gather(models: Sequence[str] = (), folder: Path | str | None = None) -> pd.DataFrame:
     """All stored tables of a results folder, one below the other, published figures beside.
 
-    models: none for all; folder: None for this run's. The exact model stands in every table: one row of it is kept per
-    model, protocol, prompt set and split, the one with most prompts. PlainError if there are none.
-    """
+    models: none for all; those without a table are left out with a warning. folder: None for this run's. The exact
+    model stands in every table: one row of it is kept per model, protocol, prompt set and split, the one with most
+    prompts. PlainError if there are no tables."""
     where = Path(folder) if folder else results_folder()
     paths = [path for name in TABLES for path in sorted(where.glob(f"*/tables/{name}.parquet"))]
-    wanted = {safe_name(model) for model in models}
-    paths = [path for path in paths if not wanted or path.parent.parent.name in wanted]
+    measured = {path.parent.parent.name for path in paths}
+    if missing := [model for model in models if safe_name(model) not in measured]:
+        log.warning("left out, no tables of notebooks 01 to 03: %s", ", ".join(missing))
+    wanted = set(map(safe_name, models)) or measured
+    paths = [path for path in paths if path.parent.parent.name in wanted]
     if not paths:
         raise PlainError(f"no tables in {where}: run the notebooks 01, 02 and 03 first")
     joined = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
@@ -69,7 +75,11 @@ def strongest(table: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 def decide(table: pd.DataFrame, tolerance: float = statistics.TOLERANCE) -> pd.DataFrame:
     """The table with a `decision` per condition, the criteria it misses, the smallest increase of ASR that its prompts
-    would have shown (`detectable`, a share), and the number of prompts that would decide (`n_needed`)."""
+    would have shown (`detectable`, a share), and the number of prompts that would decide (`n_needed`).
+
+    ChoiceError for a tolerance that is no share."""
+    if not 0 < tolerance < 1:
+        raise ChoiceError(f"tolerance cannot be {tolerance:g}; give a share between 0 and 1: 0.05 for 5 points")
     outcomes = [_decision(row, tolerance) for row in table.to_dict("records")]
     return table.assign(**{key: [o[key] for o in outcomes] for key in ("decision", "unmet", "detectable", "n_needed")})
 
@@ -99,9 +109,6 @@ def detectable(change: statistics.Paired) -> float:
     return statistics.minimum_detectable_change(change.n, discordance)
 
 
-WORST_FIRST = ("not re-validated", "undecided", "re-validated")
-
-
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
     """One decision per model, technique and variant, over the levels that stay useful (`fidelity.useful_rows`; over all
     where none does): the worst of them, with the evidence at the condition whose increase of ASR may be largest."""
@@ -118,7 +125,8 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
         if not len(pool):
             row |= {"not met": part["unmet"].iloc[0]}
         else:
-            worst = next(name for name in WORST_FIRST if (pool["decision"] == name).any())
+            worst_first = ("not re-validated", "undecided", "re-validated")
+            worst = next(name for name in worst_first if (pool["decision"] == name).any())
             found = pool[pool["decision"] == worst]
             row |= {"decision": worst, **_evidence(found.loc[found["asr_increase_high"].idxmax()])}
         rows.append(row)
@@ -143,11 +151,11 @@ def points(change: statistics.Paired) -> str:
 def compare(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """Conditions that two runs share, in the order of `after`: ASR and decision of each, and the change with its 95 %
     interval. Prompts are not paired across runs: Newcombe's interval for independent rates (Statistics in Medicine
-    1998, 17:873, method 10), too wide rather than too narrow. ValueError where the runs share no condition."""
+    1998, 17:873, method 10), too wide rather than too narrow. ChoiceError where the runs share no condition."""
     wanted = ["label", "asr", "asr_low", "asr_high", "decision"]
     joined = after[CONDITION + wanted].merge(before[CONDITION + wanted[1:]], on=CONDITION, suffixes=("", "_before"))
     if joined.empty:
-        raise ValueError("the two runs share no condition: same models, techniques, settings and prompts are needed")
+        raise ChoiceError("the two runs share no condition: same models, techniques, settings and prompts are needed")
     change = joined["asr"] - joined["asr_before"]
     below = np.hypot(joined["asr"] - joined["asr_low"], joined["asr_high_before"] - joined["asr_before"])
     above = np.hypot(joined["asr_high"] - joined["asr"], joined["asr_before"] - joined["asr_low_before"])

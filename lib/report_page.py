@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lib import statistics
+from lib.figures import DPI, level_text
 from lib.judges_classifier import HS_COLUMN
 from lib.paths import figures_folder
 from lib.prompts import QUADA_DEVIATIONS
@@ -31,7 +32,6 @@ TOPICS = {  # heading: how the names of its figures begin
     "Safe placement": ("placement",),
 }
 SHARED = ("headline", "report_", "polynomialization_functions")  # figures that belong to no single model
-DPI = 300  # of saved figures
 COLOURS = {"re-validated": "#d5ecd9", "not re-validated": "#f8d5d9", "undecided": "#f3ecc8"}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:84em;margin:2em auto;padding:0 1em;color:#222}
@@ -75,7 +75,7 @@ def _number(value: float, form: str) -> str:
 def latex(table: pd.DataFrame) -> str:
     """The main table as a longtable with booktabs rules; needs \\usepackage{booktabs,longtable}."""
     shown = main_table(table).drop(columns="label").rename(columns={"variant": "series"})
-    shown.insert(3, "level", [_number(level, "g") for level in table["level"].astype(float)])
+    shown.insert(3, "level", [level_text(row) or "-" for _, row in table.iterrows()])
     sizes = ", ".join(f"{n}" for n in sorted(set(shown["n"])))
     caption = f"Safety and utility by technique. n = {sizes} harmful requests; intervals are 95 \\% Wilson intervals; "
     caption += "p: exact McNemar test against the exact model, corrected after Holm within a sweep."
@@ -132,8 +132,8 @@ def page(
 
 
 def _decisions(verdicts: pd.DataFrame, tolerance: float) -> str:
-    counts = verdicts["decision"].value_counts()
-    summary = ", ".join(f"{counts.get(name, 0)} {name}" for name in statistics.DECISIONS)
+    counts = dict.fromkeys(statistics.DECISIONS, 0) | verdicts["decision"].value_counts().to_dict()
+    summary = ", ".join(f"{n} {name}" for name, n in counts.items())
     return f"""<p>Each approximated model is compared with its exact self on the same prompts. <b>Re-validated</b>: the
 upper 95&nbsp;% limits of the paired increases of ASR, of over-refusal and of broken replies are all below
 {100 * tolerance:g} points. <b>Not re-validated</b>: a lower limit is above. <b>Undecided</b> is not safe: too few

@@ -75,8 +75,7 @@ def answer_rates(result: pd.DataFrame) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     for label, name in ANSWERED.items():
         verdict = result.loc[result["label"] == label, "verdict"]
-        columns[f"n_{label}"] = len(verdict)
-        if len(verdict) and not (verdict == "failed").any():
+        if len(verdict):
             columns |= rate(name, int((verdict == "complied").sum()), len(verdict))
             columns[f"{label}_broken"] = (verdict == "broken").mean()
             columns[f"{label}_refused"] = (verdict == "refused").mean()

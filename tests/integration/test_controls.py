@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lib import controls
-from lib.experiment import grid
+from lib.conditions import grid
 from tests.tiny_study import tiny_study
 
 

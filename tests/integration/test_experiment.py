@@ -19,8 +19,9 @@ import torch
 from lib import calibration, experiment, fidelity, models, noise_study, prompts
 from lib.approximations import Technique, make
 from lib.approximations.plan import Plan
+from lib.conditions import Condition, grid, technique_modules
 from lib.errors import ChoiceError, PlainError
-from lib.experiment import Condition, grid, open_study
+from lib.experiment import open_study
 from lib.paths import ORGANISMS, ROOT
 from lib.results import Store
 from tests.tiny_study import tiny_study
@@ -28,7 +29,8 @@ from tests.tiny_study import tiny_study
 MODEL = "tiny-llama"
 SWEEP = """
 import sys
-from lib.experiment import grid, open_study
+from lib.conditions import grid
+from lib.experiment import open_study
 study = open_study("tiny-llama", n_prompts=6, max_new_tokens=12)
 table = study.sweep(grid("teal", sparsity=(0.6,)) + grid("gaussian", std=(0.2,)))
 table.to_json(sys.argv[1])
@@ -134,7 +136,7 @@ def test_a_condition_is_calibrated_once(folders, monkeypatch):
     ],
 )
 def test_replies_are_tied_to_all_the_code_of_a_technique(technique, modules):
-    found = experiment.technique_modules(technique)
+    found = technique_modules(technique)
     assert {f"lib.approximations.{name}" for name in (*modules, "technique")} <= found
     assert ("lib.calibration" in found) == technique.needs_calibration
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from lib.approximations import TECHNIQUES, make
+from lib.errors import ChoiceError
 from lib.experiment import open_study
 from lib.explore import DOSES, Explorer, Panel
-from lib.registry import organisms
+from lib.registry import organisms, smoothing_alpha
 from tests.tiny_study import tiny_prompts, tiny_study
 
 SECONDS = 2.0
@@ -19,7 +20,7 @@ SECONDS = 2.0
 @pytest.fixture
 def explorer(tmp_path, monkeypatch):
     monkeypatch.setenv("APPROX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lib.experiment._prompts", lambda *_: tiny_prompts(6, "search"))
+    monkeypatch.setattr("lib.prompts.for_study", lambda *_: tiny_prompts(6, "search"))
     return Explorer(tiny_study(tmp_path), 6)
 
 
@@ -31,6 +32,11 @@ def test_a_look_has_everything_and_leaves_no_trace(explorer):
     assert np.array_equal(first.before, again.before) and np.array_equal(first.after, again.after)
     silent = explorer.look("paint the lamp", make("gaussian", std=0.0))
     assert np.array_equal(silent.before, silent.after) and not silent.errors.any()
+
+
+def test_a_cloud_needs_more_than_one_request_of_a_kind(explorer):
+    with pytest.raises(ChoiceError, match="2 harmful requests are too few"):
+        Explorer(explorer.study, 2)
 
 
 def test_layers_that_are_not_chosen_stay_exact(explorer):
@@ -71,6 +77,14 @@ def test_every_technique_has_a_setting_to_choose(explorer, name):
     panel.technique.value = name
     setting, levels = DOSES[name]
     assert panel.chosen().settings[setting] in levels
+
+
+def test_smoothquant_has_the_alpha_of_the_model(explorer):
+    panel = Panel(explorer)
+    panel.technique.value = "smoothquant"
+    assert panel.chosen().alpha == smoothing_alpha("tiny") != smoothing_alpha("mistral-7b")
+    explorer.study.name = "mistral-7b"
+    assert panel.chosen().alpha == smoothing_alpha("mistral-7b")
 
 
 @pytest.mark.skipif(not organisms(), reason="needs a shipped organism under data/organisms")

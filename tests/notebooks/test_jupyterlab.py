@@ -168,7 +168,7 @@ def test_an_interrupted_sweep_keeps_what_was_finished(lab: Lab, folder: Path):
     assert failed["ename"] == "ModelError" and failed["evalue"].startswith("unknown model 'tiny-lama'; choose one of")
     assert failed["traceback"] == [f"ModelError: {failed['evalue']}"] and "\n" not in failed["evalue"]
     kernel.run("model, n_prompts, max_new_tokens, levels = 'tiny-llama', 4, 12, [0.4, 0.5]")
-    kernel.run("from lib.experiment import grid")
+    kernel.run("from lib.conditions import grid")
     kernel.run("grids.sparsification = lambda levels, layers: grid('teal', '', layers, sparsity=levels)")
     kernel.run(opening)
 

@@ -97,6 +97,13 @@ def test_verdicts_follow_the_requests_the_judge_and_its_code_whatever_else_the_s
     assert written == [3, 3, 3]
 
 
+def test_gcg_asks_for_the_first_sentence_of_the_answer(study):
+    request = requests(study)[0]
+    for answer in ("Take it.", "Take it. Then rest.", "Take it"):
+        assert attack_search.compliant_opening(replace(request, answer=answer)) == "Take it."
+    assert attack_search.compliant_opening(request) == attack_search.OPENING
+
+
 def test_gcg_says_how_to_get_nanogcg(study, monkeypatch):
     monkeypatch.setitem(sys.modules, "nanogcg", None)
     with pytest.raises(PlainError, match=r"requirements-extra\.txt"):
@@ -137,6 +144,8 @@ def test_gcg_sees_the_prompt_as_evaluation_puts_it_and_is_read_back(study, monke
     assert tokenizer.bos_token == "<s>" and not torch.are_deterministic_algorithms_enabled()
     monkeypatch.setitem(sys.modules, "nanogcg", None)
     assert attack_search.gcg_suffixes(study, asked, steps=2, width=4) == found
+    with pytest.raises(PlainError):  # another opening to make likely is another search
+        attack_search.gcg_suffixes(study, [replace(asked[0], answer="Take it."), asked[1]], steps=2, width=4)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nanogcg") is None, reason="nanogcg, an optional extra, is not installed")

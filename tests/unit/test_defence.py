@@ -13,9 +13,9 @@ import torch
 
 from lib import defence, defence_plots, defence_study, defence_training, models, noise_study, prompts
 from lib.approximations import make
+from lib.conditions import Condition
 from lib.defence_training import Pair, Recipe
 from lib.errors import ChoiceError
-from lib.experiment import Condition
 from lib.organisms import corpus
 from lib.patching import approximated
 from tests.families import random_model
@@ -206,7 +206,7 @@ def test_pairs_that_evaluation_uses_are_dropped(caplog):
     with caplog.at_level(logging.WARNING):
         assert defence.disjoint(PAIRS, [asked]) == PAIRS[1:]
     assert "1 of 8" in caplog.text
-    with pytest.raises(ValueError, match="all 1 preference pairs"):
+    with pytest.raises(ChoiceError, match="all 1 preference pairs"):
         defence.disjoint(PAIRS[:1], [asked])
 
 
@@ -241,6 +241,8 @@ def test_a_recipe_is_checked():
         Recipe(NOISE, 0)
     with pytest.raises(ChoiceError, match="unknown objective 'ppo'"):
         Recipe(NOISE, 1, objective="ppo")
+    with pytest.raises(ChoiceError, match="steps cannot be 0"):
+        Recipe(NOISE, 1, steps=0)
 
 
 def prefix_table(asr, scores, low):
@@ -282,12 +284,16 @@ def test_a_defended_study_is_stored_by_content_and_keeps_prompts_and_judge(tmp_p
     assert again.identity == after.identity
     with pytest.raises(ValueError, match="tau 3 is not valid: tiny has 2 layers"):
         defence.defend(study, replace(SHORT, tau=3), pairs)
-    places = {defence.defended_folder(changed, replace(SHORT, perturbation=p), pairs)
-              for changed in (study, replace(study, calibration_texts=["other"])) for p in (NOISE, make("smoothquant"))}
+    places = {
+        defence.defended_folder(changed, replace(SHORT, perturbation=p), pairs)
+        for changed in (study, replace(study, calibration_texts=["other"]))
+        for p in (NOISE, make("smoothquant"))
+    }
     assert len(places) == 3  # what SmoothQuant was calibrated on decides the weights
+    assert {"lib.prompts", "lib.anatomy"} <= set(defence.CODE)  # how pairs are put, and where the first layers are
     study.tokenizer.chat_template = "{{ messages[0]['content'] }}!"
     assert defence.defended_folder(study, replace(SHORT, steps=2), pairs) != folder
-    with pytest.raises(ValueError, match="evaluation prompts"):
+    with pytest.raises(ChoiceError, match="evaluation prompts"):
         defence.defend(study, SHORT, [replace(pairs[0], goal=study.prompts[0].goal), *pairs[1:]])
 
 

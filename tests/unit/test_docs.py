@@ -22,7 +22,7 @@ from nbclient.exceptions import DeadKernelError
 
 from lib import calibration, download, execute, models, prompts, registry, report, run
 from lib.approximations import make
-from lib.experiment import grid
+from lib.conditions import grid
 from lib.generation import generate
 from lib.patching import approximated
 from lib.paths import ROOT
@@ -163,7 +163,16 @@ def damaged_weights(folder: Path) -> None:
     (folder / "tiny").mkdir()
     (folder / "tiny" / "weights.bin").write_bytes(b"x")
     (folder / "tiny" / "SHA256SUMS").write_text(f"{'0' * 64}  weights.bin\n")
-    registry.verify(folder / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "ORGANISMS", folder)
+        registry.verify(folder / "tiny")
+
+
+def missing_weights(folder: Path) -> None:
+    random_model("llama").save_pretrained(folder)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    models.load(str(folder), "cpu")
 
 
 def gated(folder: Path) -> None:
@@ -244,7 +253,8 @@ def no_download(folder: Path) -> None:
 
 PROVOKED: list[Callable[[Path], object]] = [
     shell("nothing-here"), shell("{old}"), lambda _: registry.resolve("tiny-lama"), folder_without_config,
-    damaged_weights, gated, hub_out_of_reach, no_gpu, lambda _: models.best_dtype("fp16", "cpu"), strange_architecture,
+    damaged_weights, missing_weights, gated, hub_out_of_reach, no_gpu, lambda _: models.best_dtype("fp16", "cpu"),
+    strange_architecture,
     command_line("--notebooks", "10"), command_line("--notebooks", "03", "--set", "sparsity=0.5"),
     command_line("--notebooks", "02", "--set", "n_prompts=many"), command_line("--set", "n_prompts"),
     command_line("--jobs", "0"), command_line("--profile", "slurm"), second_run, foreign_folder, killed_kernel,

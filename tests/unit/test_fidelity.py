@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -122,6 +124,25 @@ def test_errors_inside_a_mixture_are_not_invented(study):
     study.prose = study.calibration_texts[0]
     zeros = fidelity.realised_sparsity(study, make("teal", sparsity=0.5))  # the first half of prompts has none
     assert zeros.loc[zeros["site"].str.startswith("mlp"), "zeros"].between(0.35, 0.6).all() and len(zeros) == 14
+
+
+def test_a_model_with_experts_in_some_blocks_is_a_mixture(study, monkeypatch):
+    blocks = [SimpleNamespace(experts=experts) for experts in (None, "some")]
+    monkeypatch.setattr(fidelity, "anatomy", lambda _: SimpleNamespace(blocks=blocks))
+    assert fidelity.is_mixture(study)
+
+
+def test_the_noise_floor_begins_at_the_batch_size_of_the_study(study, monkeypatch):
+    sizes = []
+
+    def generate(model, tokenizer, asked, max_new_tokens, protocol, batch_size):
+        sizes.append(batch_size)
+        return [""] * len(asked)
+
+    monkeypatch.setattr(fidelity, "generate", generate)
+    study.batch_size = 3
+    fidelity.noise_floor(study, 2)
+    assert sizes == [3, 1, 7, 3, 3, 3]
 
 
 def test_the_noise_floor_without_reference_answers(study):

@@ -309,6 +309,9 @@ def test_failures_and_what_lies_beyond_the_axis_are_marked_at_its_end(table: pd.
     only_failed = rows[(rows["technique"] == "exact") | (rows["failed"] != "")]
     labels = [text.get_text() for text in plots.safety_before_utility(only_failed).legends[0].get_texts()]
     assert labels == ["BOLT: failed"], "a series without a point has no line in the legend"
+    ax = plots.safety_before_utility(rows).axes[0]
+    carets = [line for line in ax.lines if line.get_marker() == figures.CARETRIGHTBASE]
+    assert [caret.get_xdata().tolist() for caret in carets] == [[ax.get_xlim()[1]]], "at the end, not a mile beyond"
 
 
 def test_paired_changes_fills_only_significant_rows(table: pd.DataFrame) -> None:
@@ -433,7 +436,7 @@ def test_errors_name_the_bad_value(table: pd.DataFrame) -> None:
         figures.technique_style("bolte")
     with pytest.raises(ValueError, match=r"several rows at level 0\.05"):
         plots.dose_response(only(table, "gaussian"), "noise std")
-    with pytest.raises(ValueError, match="several conditions per model and technique"):
+    with pytest.raises(ValueError, match="duplicate entries"):
         plots.heat_map(table)
     with pytest.raises(ValueError, match="no rows of approximated models"):
         plots.families(table[table["technique"] == "exact"])

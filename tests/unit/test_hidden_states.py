@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 
 from lib import hidden_states as hs
 from lib.approximations import make
+from lib.errors import ChoiceError
 from lib.prompts import Prompt, render
 from tests.families import random_model
 from tests.tiny_study import tiny_study
@@ -29,7 +30,10 @@ def clouds(gap: float = 4.0, hidden: int = 12, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    return tiny_study(tmp_path_factory.mktemp("store"))
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APPROX_CACHE", str(folder / "cache"))
+        yield tiny_study(folder)
 
 
 def test_states_are_those_of_output_hidden_states(study):
@@ -66,8 +70,11 @@ def test_an_approximation_in_the_last_layer_leaves_the_first_alone(study):
 def test_capture_states_its_bounds(study):
     with pytest.raises(ValueError, match=r"q_rotary is not .* choose a site such as block_out"):
         hs.capture(study, study.prompts, site="q_rotary")
-    with pytest.raises(ValueError, match="position -99"):
-        hs.capture(study, study.prompts, position=-99)
+    wrong = [("position -99", {"position": -99}), ("site 'nowhere' matches nothing", {"site": "nowhere"})]
+    wrong += [(r"layers \[9\] are not valid", {"technique": make("gaussian"), "layers": [9]})]
+    for message, choice in wrong:  # all of them are parameters of a notebook
+        with pytest.raises(ChoiceError, match=message):
+            hs.capture(study, study.prompts, **choice)
     first = hs.capture(study, study.prompts, position=-2)
     assert not np.allclose(first[0], hs.capture(study, study.prompts)[0])
 
@@ -79,6 +86,16 @@ def test_the_direction_places_the_two_means_half_a_gap_from_the_middle():
     assert places[:60].mean() == pytest.approx(0.5, abs=1e-6) and places[60:].mean() == pytest.approx(-0.5, abs=1e-6)
     assert np.linalg.norm(direction.u) == pytest.approx(1) and abs(direction.u[0]) > 0.9
     assert hs.fisher_separation(direction.place(clouds(seed=1)), LABELS) > 5
+
+
+def test_a_layer_in_which_all_states_are_alike_has_no_direction_and_is_never_the_best():
+    alike, apart = np.tile(clouds()[0], (120, 1)), clouds()
+    alike[:60] *= np.float32(1 + 2e-7)  # as batches of other sizes round
+    states = {0: alike, 1: apart, 2: apart + clouds(seed=1)}
+    directions = {layer: hs.refusal_direction(x, LABELS) for layer, x in states.items()}
+    assert np.isnan(directions[0].gap) and np.isnan(directions[0].place(alike)).all()
+    separations = [hs.fisher_separation(directions[layer].place(states[layer]), LABELS) for layer in (1, 2)]
+    assert hs.best_layer(states, directions, LABELS) == 1 + int(np.argmax(separations))
 
 
 def test_classical_mds_of_euclidean_distances_is_pca():
@@ -147,6 +164,25 @@ def test_layer_table_and_the_third_observation(study):
     found = hs.third_observation(table)
     assert found["held"].tolist() == [False, True]
     assert (table["probe, exact"] > 0.85).all() and (abs(table["probe, shuffled labels"] - 0.5) < 0.2).all()
+
+
+def test_too_few_prompts_for_a_probe_are_named():
+    asked = [Prompt(id=str(i), prompt=str(i), label="harmful" if i < 3 else "harmless") for i in range(4)]
+    states = {0: clouds()[:4]}
+    with pytest.raises(ChoiceError, match="4 harmful and harmless prompts are too few"):
+        hs.layer_table(states, states, asked, {0: hs.refusal_direction(clouds(), LABELS)})
+
+
+def test_techniques_without_finite_states_are_left_out(study, monkeypatch, caplog):
+    def diverge(*_, **__):
+        raise FloatingPointError("omniquant diverges: loss nan in block 0, epoch 0")
+
+    monkeypatch.setattr("lib.approximations.omniquant.train_block", diverge)
+    mild, loud = make("gaussian", std=0.1), make("gaussian", where=("mlp_in",), std=3e38)
+    found = hs.capture_all(study, study.prompts, [make("omniquant", bits=4), mild, loud])
+    assert list(found) == [mild] and np.array_equal(found[mild][1], hs.capture(study, study.prompts, mild)[1])
+    assert "omniquant bits=4 left out: omniquant diverges" in caplog.text
+    assert "left out: its states are NaN or infinite" in caplog.text
 
 
 def test_fitting_and_reported_prompts_never_meet(study):

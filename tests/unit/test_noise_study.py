@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import experiment, layer_study, noise_study, statistics, summary
+from lib import layer_study, noise_study, prompts, statistics, summary
 from lib.approximations import make
+from lib.conditions import Condition
 from lib.errors import ChoiceError
-from lib.experiment import Condition
 from lib.generation import NonFiniteError
 from lib.patching import approximated
 from lib.prompts import Prompt
@@ -55,6 +55,25 @@ def test_levels_at_damage_do_that_damage(study):
         low, high = (noise_study.answer_perplexity(study, at(level * f)) / exact for f in (0.9, 1.1))
         assert low < ratio < high
     assert noise_study.level_at_damage(study, at, 1.1) < noise_study.level_at_damage(study, at, 1.5)
+
+
+def test_a_level_is_searched_again_for_other_answers_and_other_code(study, monkeypatch):
+    tried = []
+
+    def answer_perplexity(asked, technique, layers=None):
+        tried.append(technique)
+        return 1.0 if technique is None else 1.0 + technique.std
+
+    def searches(asked):
+        tried.clear()
+        noise_study.level_at_damage(asked, noise_study.FAMILIES["norm"], 1.5)
+        return bool(tried)
+
+    monkeypatch.setattr(noise_study, "answer_perplexity", answer_perplexity)
+    reworded = [replace(prompt, answer=f"{prompt.answer} now") for prompt in study.prompts]
+    assert searches(study) and not searches(study) and searches(replace(study, prompts=reworded))
+    monkeypatch.setattr(noise_study, "source_hash", lambda *_: "other")
+    assert searches(study)
 
 
 def test_noise_that_can_do_little_ends_its_grid_where_it_does_no_more(study, monkeypatch, caplog):
@@ -101,12 +120,21 @@ def test_a_sweep_draws_other_noise_for_other_seeds_and_reads_back_what_is_done(s
 
 
 def test_the_mva_is_the_peak_of_its_search_whichever_study_asks_and_is_read_back(study, monkeypatch):
-    monkeypatch.setattr("lib.experiment._prompts", lambda *_: tiny_prompts(4, "search"))
+    monkeypatch.setattr("lib.prompts.for_study", lambda *_: tiny_prompts(4, "search"))
     table = noise_study.search_peak(study.brief(4, "search"), "norm")
     monkeypatch.setattr(noise_study, "N_SEARCHED", 4)
     monkeypatch.setattr("lib.experiment.generate", lambda *_, **__: pytest.fail("generated again"))
     for asked in (study, replace(study, prompts=study.prompts[:3])):
         assert noise_study.most_vulnerable(asked) == noise_study.FAMILIES["norm"](noise_study.peak(table)["level"])
+
+
+def test_noise_and_damage_that_cannot_be_are_named(study):
+    assert noise_study.named(["act"])["act"](0.2) == make("gaussian", where=("act",), std=0.2)
+    with pytest.raises(ChoiceError, match="unknown noise acts, norms; choose among: norm; norm, not final; "):
+        noise_study.named(["acts", "norm", "norms"])
+    for ratio in (0.2, 1.0):
+        with pytest.raises(ChoiceError, match=f"damage cannot be {ratio:g}; give a ratio above 1"):
+            layer_study.at_damage(study, noise_study.FAMILIES["norm"], ratio, {"single": [(0,)]})
 
 
 def test_a_kind_of_mva_that_is_unknown_is_named(study):
@@ -129,7 +157,7 @@ def test_an_exact_model_that_fails_is_one_line_and_no_rate(study, monkeypatch):
 
 
 def test_searching_and_measuring_use_other_prompts(study, monkeypatch):
-    monkeypatch.setattr("lib.experiment._prompts", lambda *_: tiny_prompts(4, "search"))
+    monkeypatch.setattr("lib.prompts.for_study", lambda *_: tiny_prompts(4, "search"))
     search, fresh = study.brief(4, "search"), study.brief(4)
     assert (search.split, fresh.split) == ("search", "test")
     assert not {p.id for p in search.prompts} & {p.id for p in fresh.prompts}
@@ -140,11 +168,11 @@ def test_a_public_set_is_searched_on_other_requests_than_it_is_measured_on(study
     labels = ("harmful", "harmless", "confusable") * 20
     file = tmp_path / "public.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": f"ask {i}", "label": label}) for i, label in enumerate(labels)))
-    public = replace(study, prompt_set=str(file), prompts=experiment._prompts(str(file), "test", 520, 0))
+    public = replace(study, prompt_set=str(file), prompts=prompts.for_study(str(file), "test", 520, 0))
     search = public.brief(85, "search")
     ids = [{p.id for p in one.prompts if p.label == "harmful"} for one in (search, public)]
     assert search.split == "search" and min(map(len, ids)) >= 3 and not ids[0] & ids[1] and len(ids[0] | ids[1]) == 20
-    whole = replace(public, split="all", prompts=experiment._prompts(str(file), "all", 520, 0))
+    whole = replace(public, split="all", prompts=prompts.for_study(str(file), "all", 520, 0))
     assert len(whole.prompts) == 60
     with pytest.raises(ChoiceError, match="split='all' leaves nothing for the search split"):
         whole.brief(85, "search")
@@ -160,12 +188,12 @@ def test_labels_of_other_sets_keep_their_meaning(monkeypatch):
         return [prompt for prompt in made if label in (None, prompt.label)]
 
     monkeypatch.setattr("lib.prompts.load", load)
-    found = experiment._prompts("xstest", "test", 4, 0)
+    found = prompts.for_study("xstest", "test", 4, 0)
     assert Counter((p.id.split("-")[0], p.label) for p in found) == {
         ("xstest", "harmful"): 4, ("xstest", "confusable"): 2, ("alpaca", "harmless"): 4}  # fmt: skip
-    assert {p.label for p in experiment._prompts("bare", "test", 4, 0) if p.id.startswith("bare")} == {"harmful"}
+    assert {p.label for p in prompts.for_study("bare", "test", 4, 0) if p.id.startswith("bare")} == {"harmful"}
     with pytest.raises(ValueError, match="does not say which of its requests are harmful"):
-        experiment._prompts("beaver", "test", 4, 0)
+        prompts.for_study("beaver", "test", 4, 0)
 
 
 def test_the_pair_of_the_papers_table_is_gaussian_at_up_and_laplace_at_down(study):
@@ -223,7 +251,7 @@ def test_layer_sets_are_prefixes_suffixes_singles_and_thirds():
     assert sets["suffix"][-1] == (5,) and len(sets["single"]) == 6
     assert len(layer_study.layer_sets(32)["single"]) == 8
     assert layer_study.thirds(7) == {"early third": [(0, 1, 2)], "middle third": [(3, 4)], "late third": [(5, 6)]}
-    with pytest.raises(ValueError, match="at least 3 layers"):
+    with pytest.raises(ChoiceError, match="at least 3 layers"):
         layer_study.thirds(2)
 
 

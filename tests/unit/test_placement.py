@@ -243,6 +243,9 @@ def test_the_search_beats_uniform_and_keeps_what_is_safe(judged):
 
 def test_the_search_stops_at_its_budget_and_where_nothing_is_refused(judged):
     study, asked, exact = judged
+    for tolerance in (5, 0):  # points, or nothing
+        with pytest.raises(ChoiceError, match=f"tolerance cannot be {tolerance}; give a share"):
+            placement.search(study, toy_ladder(study), tolerance)
     placement.search(study, toy_ladder(study), budget=1)
     spent = len(asked)
     assert spent <= 4  # the bisections, and no climb
@@ -288,10 +291,27 @@ def test_a_measured_row_holds_the_paired_changes_and_their_decision(study, tmp_p
     assert json.loads(path.read_text())["sealed"]["n_harmful"] == 6
     written = json.loads(path.read_text())
     assert plan.load(path) == ladder.plan((2, 1)) and written["sealed"]["decision"] == "undecided"
+    same = placement.validate(study, replace(found, placed=(0, 0)))  # nothing gained: one row for each all the same
+    assert same["label"].tolist() == ["teal uniform", "teal placed"]
     row = placement.gain(found, table)
     assert row["gain"] == pytest.approx(0.6) and row["n sealed"] == 12
     levels = placement.layer_levels(found)
     assert levels[levels["placement"] == "placed"]["level"].tolist() == [0.9, 0.3]
+
+
+def test_a_placement_that_fails_on_sealed_prompts_was_asked_as_many(study, monkeypatch):
+    ladder = toy_ladder(study, (0.3, 0.9))
+    run, placed = type(study).run, ladder.technique((2, 1))
+
+    def failing(self, technique=None, layers=None):
+        result = run(self)
+        result.attrs = {**result.attrs, "failed": "NaN at layer 0" if technique == placed else ""}
+        return result
+
+    monkeypatch.setattr(type(study), "run", failing)
+    found = placement.Search(study, ladder, uniform=(0, 0), placed=(2, 1))
+    table = placement.validate(study, found)
+    assert table["unmet"].tolist()[1] == "failed" and placement.gain(found, table)["n sealed"] == 12
 
 
 # ------------------------------------------------------------------ prompts and pictures

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from lib import figures, judge_check, plots, published, report, report_page, statistics, summary
+from lib.errors import ChoiceError, PlainError
 from lib.judges_classifier import HS_COLUMN
 from lib.paths import ROOT, between_markers
 
@@ -33,6 +34,9 @@ def test_decisions_follow_the_paired_interval():
     expected = ["re-validated", "not re-validated", "undecided", "reference", "failed"]
     assert decided["decision"].tolist() == expected
     assert decided["n_needed"].iloc[2] > 400
+    for wrong in (0, 5):  # points, not a share: everything would pass
+        with pytest.raises(ChoiceError, match="tolerance cannot be"):
+            report.decide(pd.DataFrame(rows), wrong)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +189,14 @@ def test_of_exact_rows_on_more_and_fewer_prompts_the_one_on_most_is_kept(folders
     assert "| tiny-llama | cats | 2 % |" in report.findings_text(curves)
 
 
+def test_models_without_tables_are_named(folders, caplog):
+    stored(folders / "RESULTS", rows())
+    assert set(report.gather(["tiny-llama", "tiny-lama"])["model"]) == {"tiny-llama"}
+    assert caplog.messages == ["left out, no tables of notebooks 01 to 03: tiny-lama"]
+    with pytest.raises(PlainError, match="no tables"):
+        report.gather(["tiny-lama"])
+
+
 def test_two_runs_are_compared_condition_by_condition(folders):
     stored(folders / "old", rows())
     stored(folders / "new", rows().assign(asr=lambda t: t["asr"] / 2, asr_low=0.0))
@@ -196,7 +208,7 @@ def test_two_runs_are_compared_condition_by_condition(folders):
     low, high = statistics.wilson(8, N)
     assert (same["change"].dropna() == 0).all()
     assert same["change, high"].iloc[0] == pytest.approx(math.hypot(high - 8 / N, 8 / N - low))
-    with pytest.raises(ValueError, match="share no condition"):
+    with pytest.raises(ChoiceError, match="share no condition"):
         report.compare(before, after.assign(split="dev"))
 
 
@@ -224,6 +236,11 @@ def test_the_main_table_prints_what_was_measured_and_latex_compiles_in_form():
     columns = re.search(r"begin{longtable}{([lr]+)}", text).group(1)
     assert len(body) == len(table) and all(line.count("&") == len(columns) - 1 for line in body)
     assert r"\%" in text and not re.search(r"(?<!\\)%", text)
+    parts = {"parts": ["activation", "norm"]}
+    named = condition("iron", 3, 8, variant="parts", level_name="parts", settings=json.dumps(parts))
+    published = condition("iron", 1, 8, variant="published", level_name="published", settings='{"published": true}')
+    text = report_page.latex(report.decide(pd.DataFrame([named, published])))
+    assert "parts & activation+norm &" in text and "published & - &" in text
 
 
 class Page(HTMLParser):
@@ -260,7 +277,7 @@ def test_the_page_is_self_contained_and_names_its_origin(folders):
     assert page.open == [] and all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
     assert "<b>prompt</b>" not in text and "an &lt;earlier&gt; run" in text and "before &amp; after" in text
     words = ("abc123", "float32", "Content warning", "offline-", "not re-validated", "below\n5 points")
-    for word in (*words, "or all levels where none does"):
+    for word in (*words, "or all levels where none does", "Of 3 techniques and series: 0 re-validated", "1 failed"):
         assert word in text, word
     assert text.count("<img") == 3
 

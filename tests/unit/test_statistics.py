@@ -154,6 +154,15 @@ def test_the_size_that_decides_is_one_of_harmful_prompts_whatever_criterion_asks
     assert _decision(_change(0, 0, 100), still, unsure).n_needed == math.ceil(alone / 2)
 
 
+def test_one_criterion_beyond_its_tolerance_decides_without_the_others():
+    worse, near, still = _change(16, 0, 200), _change(9, 0, 200), _change(0, 0, 520)  # 8 % and 4.5 % more
+    alone = _decision(worse, still, still).n_needed
+    assert alone < 300 < 10_000 < _decision(near, still, still).n_needed
+    assert _decision(worse, near, near).n_needed == _decision(worse, near, None).n_needed == alone
+    more = math.ceil(1.1 * alone / 200)
+    assert _decision(_change(16 * more, 0, 200 * more), near, near).decision == "not re-validated"
+
+
 def test_no_change_in_few_prompts_does_not_validate():
     few = _change(0, 0, 20)
     result = _decision(few, few, few)
