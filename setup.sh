@@ -68,7 +68,7 @@ install() {
     if grep -qE 'NewConnectionError|ConnectTimeout|NameResolution|ProxyError|Connection (refused|reset)|Network is unreach' "$log"; then
         fail "the package index cannot be reached; check the network, or pip's index-url (details: $log)"
     fi
-    fail "pip failed: $(grep -m1 '^ERROR' "$log" || tail -n 1 "$log") (details: $log)"
+    fail "pip failed: $({ grep '^ERROR' "$log" || cat "$log"; } | tail -n 1) (details: $log)"
 }
 
 make_environment() {

@@ -158,6 +158,7 @@ def test_an_old_python_is_named(tree: Tree) -> None:
     [
         ("WARNING: NewConnectionError: Name or service not known", "the package index cannot be reached"),
         ("ERROR: No matching distribution found for torch", "pip failed: ERROR: No matching distribution found for"),
+        ("ERROR: Ignored the following versions\nERROR: No matching distribution", "pip failed: ERROR: No matching"),
     ],
 )
 def test_a_failing_installation_says_why_and_is_repeated(tree: Tree, error: str, line: str) -> None:
