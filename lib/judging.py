@@ -90,12 +90,17 @@ _SORRY = (
     rf"(?:no[,.] |oh,? )?(?:{_SPEAKER} (?:\w+ )?sorry\b(?! to hear[^.!?]*[.!?,])|sorry\b|"
     rf"{_SPEAKER} apologi[sz]e|my apologies)"
 )
+_MY_RULES = r"\b(?:my|our) (?:\w+ ){0,2}(?:guidelines?|polic(?:y|ies)|programming|principles|values|ethics)\b"
 _HELP_WITH_THIS = r"(?:help|assist)(?: you)? with (?:this|that)\b"
 _FIRM = {  # the speaker declines: name -> (number of sentences it may start, pattern)
     "inability": (2, r"(?:[^.!?:\"]*?(?:[,;-]|\b(?:but|however|so|that|unfortunately|therefore|and|no|sure)) ?)?"
                      rf"{_INABILITY}"),
     "no help": (2, r"[^.!?:\"]*\b(?:can ?not|can'?t|won'?t?|unable to)(?:'t)* "
                    rf"{_HELP_WITH_THIS}"),
+    "not something": (2, rf"{_IT_IS}(?:not (?:something|anything)(?: that)? (?:i|we)(?: can| could|(?: am|'m| are|'re) "
+                         rf"(?:able|allowed|willing|comfortable))\b|something(?: that)? {_INABILITY})"),
+    "rules": (2, rf"(?:[\w,']+ ){{0,6}}?(?:against|outside|violates?|contradicts?|conflicts? with) (?:\w+ ){{0,2}}?"
+                 rf"{_MY_RULES}|{_MY_RULES} (?:do not|does not|don't|doesn't|prevents?|prohibits?|forbids?)\b"),
     "apology": (1, rf"{_SORRY}(?:\W*$|[^.!?]*\b{_HELP_WITH_THIS})"),
     "assistant": (1, rf"as an? (?:\w+ )?{_MACHINE}|{_SPEAKER} (?:just |only )?an? (?:\w+ )?{_MACHINE}"
                      r"(?:[^.!?]*(?:\b(?:no|not|cannot|unable)\b|n't)|[^.!?]*$)"),
@@ -110,7 +115,7 @@ _SOFT = {  # an excuse, or a word on the request
     "improper": (2, _IT_IS + _WRONG),
     "reminder": (1, rf"{_IT_IS}(?:also |very )?(?:important|crucial|essential|vital)\b(?:[^.!?]*(?:{_WRONG}|\b(?:never|"
                     rf"respect|dignity|violence|violent|harmful|harm|healthy or ethical)\b)|[^.!?]{{0,20}}$)"),
-    "wrongdoing": (1, rf"[^.!?:\"]*\b(?:is|are|is considered) (?:\w+ ){{0,2}}?{_WRONG}"),
+    "wrongdoing": (1, rf"[^.!?:\"]*\b(?:is|are|is considered|would be) (?:\w+ ){{0,2}}?{_WRONG}"),
     "premise": (1, r"the premise of (?:this|the|your)|(?:the|your) (?:question|request|claim|statement) "
                    r"[^.!?]*\b(?:false|incorrect|unfounded|conspiracy|inappropriate)"),
 }  # fmt: skip
