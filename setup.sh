@@ -102,7 +102,6 @@ if [ -n "${APPROX_PYTHON:-}" ]; then
     recent "$APPROX_PYTHON" || fail "APPROX_PYTHON=$APPROX_PYTHON is older than Python 3.11"
     check_environment "$APPROX_PYTHON" || exit 2
     python=$(command -v "$APPROX_PYTHON")
-    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 else
     if ! up_to_date; then
         exec 9<>"$root/requirements.txt" # only to lock it: one set-up at a time
@@ -112,3 +111,5 @@ else
     fi
     python="$venv/bin/python"
 fi
+# Before whatever else is called lib on the user's path.
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"

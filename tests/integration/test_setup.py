@@ -44,13 +44,16 @@ class Tree:
         (self.tree / "lib" / "run.py").write_text("import sys\nprint('ran', *sys.argv[1:])\n")
         for name in ("setup.sh", "run_all.sh", "requirements.in", "requirements.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, self.tree)
+        (folder / "other" / "lib").mkdir(parents=True)  # of another project, on the user's path
+        (folder / "other" / "lib" / "__init__.py").touch()
+        (folder / "other" / "lib" / "run.py").write_text("print('another project')\n")
         (folder / "bin").mkdir()
         for name in PYTHONS:
             self.stand_in(name, PYTHON)
         self.stand_in("../venv-python", VENV)
         kept = {key: value for key, value in os.environ.items() if not key.startswith("APPROX_")}
         path = f"{folder / 'bin'}:{os.environ['PATH']}"
-        self.environment = {**kept, "PATH": path, "PYTHONPATH": str(self.tree)}
+        self.environment = {**kept, "PATH": path, "PYTHONPATH": str(folder / "other")}
 
     def stand_in(self, name: str, text: str) -> None:
         path = self.folder / "bin" / name
