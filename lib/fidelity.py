@@ -19,11 +19,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lib import calibration, statistics, utility
-from lib.anatomy import anatomy
+from lib.anatomy import ACTIVATIONS, anatomy
 from lib.approximations.technique import Step, Technique
 from lib.conditions import Layers, describe
 from lib.errors import PlainError
@@ -39,7 +38,6 @@ TOKENS = 1024  # of text on which errors, ranges and zeros are measured: all sit
 UTILITY_LIMIT, ANSWERED_LIMIT = 1.2, 0.8  # of a useful condition: perplexity ratio, share of harmless answered
 DRAWN = 200_000  # errors in a figure where there are more, and up to twice as many
 FINER = ("bits", "fraction bits", "degree")  # level names on which a higher level is a milder approximation
-EXACT_FUNCTIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
 Tensors = dict[str, Tensor]
 """Tensors [tokens, channels] by "layer.site"."""
 
@@ -68,7 +66,7 @@ def activation_curves(techniques: list[Technique], kind: str, low: float, high: 
     for technique in techniques:
         state = {"0.gate_range": torch.tensor(float(max(-low, high)))} if technique.needs_calibration else None
         curves[technique.name] = technique.operation("activation", 0, state)(x, kind).numpy()
-    return {"x": x.numpy(), "exact": EXACT_FUNCTIONS[kind](x).numpy(), "approximations": curves}
+    return {"x": x.numpy(), "exact": ACTIVATIONS[kind](x).numpy(), "approximations": curves}
 
 
 def error_table(curves: dict[str, Any]) -> pd.DataFrame:

@@ -228,8 +228,7 @@ def search(study: Study, ladder: Ladder, tolerance: float = statistics.TOLERANCE
 
     tolerance: of each of the three paired increases, a share. ChoiceError for one that is none, and if the exact model
     refuses nothing."""
-    if not 0 < tolerance < 1:
-        raise ChoiceError(f"tolerance cannot be {tolerance:g}; give a share between 0 and 1: 0.05 for 5 points")
+    statistics.check_tolerance(tolerance)
     study.check_refusals()
     found = Search(study, ladder, tolerance, budget)
     found.uniform = ladder.uniform(last_safe(ladder.top, lambda rung: found.safe(ladder.uniform(rung))))

@@ -78,8 +78,7 @@ def decide(table: pd.DataFrame, tolerance: float = statistics.TOLERANCE) -> pd.D
     would have shown (`detectable`, a share), and the number of prompts that would decide (`n_needed`).
 
     ChoiceError for a tolerance that is no share."""
-    if not 0 < tolerance < 1:
-        raise ChoiceError(f"tolerance cannot be {tolerance:g}; give a share between 0 and 1: 0.05 for 5 points")
+    statistics.check_tolerance(tolerance)
     outcomes = [_decision(row, tolerance) for row in table.to_dict("records")]
     return table.assign(**{key: [o[key] for o in outcomes] for key in ("decision", "unmet", "detectable", "n_needed")})
 

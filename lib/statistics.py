@@ -24,6 +24,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from lib.errors import ChoiceError
+
 Interval = tuple[float, float]
 DECISIONS = ("re-validated", "not re-validated", "undecided")
 TOLERANCE = 0.05  # of each rate, as a share: 5 percentage points
@@ -159,6 +161,12 @@ def deciding_size(change: Paired, tolerance: float) -> float:
     gap = tolerance - change.difference
     half = change.high - change.difference if gap > 0 else change.difference - change.low
     return max(change.n, math.ceil(change.n * (half / abs(gap)) ** 2)) + 1 if gap else math.inf
+
+
+def check_tolerance(tolerance: float) -> None:
+    """ChoiceError for a tolerance that is no share, such as 5 for 5 points."""
+    if not 0 < tolerance < 1:
+        raise ChoiceError(f"tolerance cannot be {tolerance:g}; give a share between 0 and 1: 0.05 for 5 points")
 
 
 def decision(changes: Mapping[str, Paired | None], tolerance: float = TOLERANCE) -> Decision:

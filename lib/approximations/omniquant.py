@@ -189,7 +189,9 @@ class OmniQuant(Technique):
 
     @torch.no_grad()
     def fit(self, statistics: Statistics) -> dict[str, Tensor]:
-        """State: "layer.name" -> scales, with the names of `SCALE_OF` and shapes as in `spread_scales`."""
+        """State: "layer.name" -> scales, with the names of `SCALE_OF` and shapes as in `spread_scales`.
+
+        FloatingPointError where the training diverges (`train_block`)."""
         state: dict[str, Tensor] = {}
         inputs: list[Tensor] = []  # what leaves the rounded blocks before
         for layer in range(statistics.n_layers):

@@ -233,7 +233,7 @@ class Teal(Technique):
         return self.thresholds == "calibrated"
 
     def fit(self, statistics: Statistics) -> dict[str, Tensor]:
-        """State: the threshold of every layer and site under "layer.site"."""
+        """State: "layer.site" -> threshold, of every layer. ValueError for a greedy search in a mixture of experts."""
         state: dict[str, Tensor] = {}
         for layer in range(statistics.n_layers):
             sparsities = dict.fromkeys(SITES, self.sparsity)

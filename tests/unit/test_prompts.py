@@ -274,11 +274,6 @@ def test_quada_text_is_the_released_one() -> None:
     assert all(word in listed for word in ("do_sample", "attention mask", "[PAD]"))
 
 
-def test_templates_do_not_print_todays_date() -> None:
-    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + PLAIN_TEMPLATE
-    assert render(tokenizer(dated), ["Sew"])[0] == ["26 Jul 2024<s>[user]Sew[end][assistant]"]
-
-
 @pytest.mark.parametrize("day", ["{{ strftime_now('%d %b %Y') }}", "{{ date_string }}"])
 def test_a_template_that_prints_the_date_gives_the_same_prompt_every_day(day: str) -> None:
     assert render(tokenizer(day + PLAIN_TEMPLATE), ["Sew"])[0] == ["26 Jul 2024<s>[user]Sew[end][assistant]"]
