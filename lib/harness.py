@@ -8,7 +8,8 @@ Optional: `pip install -r requirements-extra.txt`. Stock tasks download their da
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def evaluate(
     if any(technique.whole_prompt or not technique.per_token for technique in techniques):
         batch_size = 1
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, device=str(model.device), batch_size=batch_size)
+    with finite_logits(model):
+        found = simple_evaluate(wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager)
+    return found["results"]
+
+
+@contextmanager
+def finite_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, logits that are NaN or infinite raise NonFiniteError, which names where they come from."""
 
     def check(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not torch.isfinite(output.logits).all():
@@ -63,7 +72,6 @@ def evaluate(
 
     handle = model.register_forward_hook(check, with_kwargs=True)
     try:
-        found = simple_evaluate(wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager)
+        yield
     finally:
         handle.remove()
-    return found["results"]

@@ -91,11 +91,19 @@ def check_memory(name: str, config: Any, device: str, dtype: torch.dtype) -> boo
     raise ModelError(f"{needs} and {holder} {sum(free) / 1e9:.0f} GB free; {remedy}")
 
 
+def check_loaded(told: dict[str, Any]) -> None:
+    """ValueError if some weights are random, because the files lack them or have them in another size.
+
+    told: what Transformers says of the loading (`output_loading_info`)."""
+    random = sorted([*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])])
+    if random:
+        raise ValueError(f"{len(random)} weights are not in its files or of another size, first {random[0]}")
+
+
 def load(
     name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in evaluation mode, exact, and its tokenizer (left padding). ModelError in one line if it cannot be had.
-
     trust_remote_code: run the repository's own model code; no notebook asks for it."""
     where = resolve(name)
     if Path(where).is_dir():
@@ -120,9 +128,7 @@ def load(
             **options,
         )
         model, told = loaded
-        random = sorted([*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])])
-        if random:
-            raise ValueError(f"{len(random)} weights are not in its files or of another size, first {random[0]}")
+        check_loaded(told)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         if not hasattr(model, "hf_device_map"):
             model.to(device)

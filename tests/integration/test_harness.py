@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from lib import models
 from lib.approximations import make
 from lib.generation import NonFiniteError
-from lib.harness import evaluate
+from lib.harness import evaluate, finite_logits
 from lib.patching import approximated
 
 TASK = """
@@ -58,6 +59,17 @@ def test_logits_that_are_not_finite_are_a_failure_never_an_accuracy(folder):
     model, tokenizer = models.load("tiny-llama")
     with approximated(model, make("nexus", published=True)), pytest.raises(NonFiniteError, match="first at layer"):
         evaluate(model, tokenizer, ["local_facts"], limit=8, task_folder=folder)
+    assert not model._forward_hooks
+
+
+def test_the_watch_on_logits_names_the_place_and_ends():
+    """Also where the harness is not installed."""
+    model, _ = models.load("tiny-llama")
+    ids = torch.arange(5)[None]
+    with torch.no_grad(), finite_logits(model):
+        model(input_ids=ids)
+        with approximated(model, make("nexus", published=True)), pytest.raises(NonFiniteError, match="first at layer"):
+            model(input_ids=ids)
     assert not model._forward_hooks
 
 
