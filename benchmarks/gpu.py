@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --tiny     the same lines of code on a CPU and a toy model; writes nothing
 
 Floor of a decoding step: (bytes of the weights + bytes of keys and values) / copy bandwidth measured here. Speeds do
-not depend on what the weights are; nothing is downloaded. The authors had no GPU: only --tiny has been run. Techniques
-are those that need no calibration.
+not depend on what the weights are; nothing is downloaded. The authors had no GPU: only --tiny has been run, and the
+toy model on the tests' stand-in for one. Techniques are those that need no calibration.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.moe import ExpertsInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from lib.approximations.technique import Step
@@ -97,6 +97,18 @@ def eager_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     return output
 
 
+def additive_mask(*, dtype: torch.dtype = torch.float32, **arguments: Any) -> Tensor | None:
+    """Transformers' eager mask: 0 or the most negative number [batch, 1, query, key]; None where it makes none.
+
+    Made without a copy from the host. Transformers' own copies one zero, and no CUDA graph can hold that.
+    """
+    visible = sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
+    if visible is None:
+        return None
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
 AttentionInterface.register(NAME, eager_attention)
-AttentionMaskInterface.register(NAME, eager_mask)  # without it Transformers passes no mask and attention is not causal
+for name in (NAME, "eager"):  # without one Transformers passes no mask and attention is not causal
+    AttentionMaskInterface.register(name, additive_mask)
 ExpertsInterface.register(NAME, eager_experts)

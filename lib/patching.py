@@ -59,6 +59,9 @@ def approximated(
     """
     if technique.needs_calibration and state is None:
         raise ValueError(f"{technique.name} needs calibration: pass state=technique.calibrate(model, tokenizer, texts)")
+    if state is not None:  # a copy from the host in every step would make it wait, and no CUDA graph can hold one
+        device = next(model.parameters()).device
+        state = {key: value.to(device) for key, value in state.items()}
     body = anatomy(model)
     if layers is not None:
         layers = check_layers(layers, len(body.blocks))

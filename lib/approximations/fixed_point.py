@@ -174,7 +174,7 @@ def rsqrt_real(v: Tensor, fraction_bits: int = FRACTION_BITS) -> Tensor:
     """1/sqrt(v), v > 0, from the same table with unrounded entries, and the same Newton steps. float64."""
     mantissa, exponent = torch.frexp(v.clamp(min=torch.finfo(v.dtype).tiny))
     odd = (exponent - 1) & 1
-    cells = _rsqrt_cells(fraction_bits).to(v.device)
+    cells = _on_device(_rsqrt_cells, fraction_bits, v.device)
     k = len(cells) // 2
     index = ((2 * mantissa - 1) * k).to(torch.int64).clamp(0, k - 1)
     b = torch.ldexp(mantissa, 1 + odd)

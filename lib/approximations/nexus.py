@@ -129,15 +129,21 @@ def exp(x: Tensor, arithmetic: str = "real") -> Tensor:
 
 
 def reciprocal(
-    x: Tensor, arithmetic: str = "real", prescale: float | Tensor = PRESCALE, iterations: int | Tensor = ITERATIONS
+    x: Tensor,
+    arithmetic: str = "real",
+    prescale: float | Tensor = PRESCALE,
+    iterations: int = ITERATIONS,
+    of_each: Tensor | None = None,
 ) -> Tensor:
-    """1/x for 0 < x < 2 / prescale, by a product of 1 + iterations factors. Both constants may differ by element."""
-    rounds = torch.as_tensor(iterations, device=x.device)
+    """1/x for 0 < x < 2 / prescale, by a product of 1 + iterations factors.
+
+    prescale may differ by element, and so may the iterations: `of_each` says how many, up to `iterations`."""
     power = 1 - prescale * _wide(x, arithmetic)
     result = 1 + power
-    for i in range(int(rounds.max())):
+    for i in range(iterations):
         power = power.square()
-        result = torch.where(rounds > i, result * (1 + power), result)
+        product = result * (1 + power)
+        result = product if of_each is None else torch.where(of_each > i, product, result)
     return (prescale * result).to(x.dtype)
 
 
@@ -157,7 +163,9 @@ def softmax(scores: Tensor, visible: Tensor, arithmetic: str = "real", published
     """
     if not published:
         d, k = softmax_constants(visible.expand_as(scores).sum(-1, keepdim=True))
-        exponential, inverse = partial(exp, arithmetic=arithmetic), partial(reciprocal, prescale=d, iterations=k)
+        most = int(softmax_constants(torch.tensor(scores.shape[-1]))[1])  # not k's maximum: a GPU would be waited for
+        exponential = partial(exp, arithmetic=arithmetic)
+        inverse = partial(reciprocal, arithmetic=arithmetic, prescale=d, iterations=most, of_each=k)
         return softmax_real(scores, visible, exponential, inverse)
     weights = exp(_wide(scores, arithmetic).masked_fill(~visible, 0)).masked_fill(~visible, 0)
     return (weights * reciprocal(weights.sum(-1, keepdim=True))).to(scores.dtype)

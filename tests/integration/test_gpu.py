@@ -1,0 +1,181 @@
+"""Everything that meets a GPU: on one where there is one, else on a stand-in that is as strict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Phi3Config
+
+from lib import hidden_states
+from lib.approximations import Technique, make
+from lib.calibration import calibrate
+from lib.conditions import Condition
+from lib.generation import NonFiniteError, capturable, fitting_rows, greedy, pad_left, tell
+from lib.patching import approximated
+from tests.families import CONFIGS, GROUPED, SIZE, random_model
+from tests.integration.test_benchmarks import script
+from tests.integration.test_generation import ROWS, TELLING
+from tests.pretend_gpu import pretended
+from tests.tiny_study import character_tokenizer, tiny_study
+
+TEXTS = ["paint the lamp and the wheel. " * 100]
+UNCALIBRATED = [
+    *(make(name, arithmetic=arithmetic) for name in ("iron", "bolt", "bumblebee") for arithmetic in ("fixed", "real")),
+    make("nexus", published=True),
+    make("nexus", parts=("softmax",)),
+    make("teal", thresholds="paper"),
+    make("smoothquant", bits=6, smooth=False, attention=True),
+    make("omniquant", bits=6, smooth=False),
+]
+CALIBRATED = [
+    make("nexus", range_margin=16.0),
+    make("teal", prompt="all"),
+    make("cats"),
+    make("smoothquant", bits=6),
+    make("smoothquant", bits=6, per="static"),
+    make("omniquant", bits=6, epochs=1),
+]
+
+
+@pytest.fixture
+def gpu():
+    tell.cache_clear()
+    if torch.cuda.is_available():
+        yield
+    else:
+        with pretended():
+            yield
+
+
+def captured(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
+def test_devices_do_not_mix(gpu):
+    there, here = torch.ones(3, device="cuda"), torch.ones(3)
+    with pytest.raises(RuntimeError, match="on the same device"):
+        there + here
+    with pytest.raises((RuntimeError, TypeError)):
+        np.asarray(there)
+    assert there.to("cuda") is there and (there + torch.tensor(1.0)).tolist() == [2.0, 2.0, 2.0]
+    assert (there.device.type, there.cpu().device.type, there.new_ones(2).device.type) == ("cuda", "cpu", "cuda")
+
+
+def test_a_graph_computes_when_it_is_replayed(gpu):
+    x, total = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda")
+
+    def step() -> Tensor:
+        total.add_(x)
+        return total * 2
+
+    graph, doubled = captured(step)
+    assert total.tolist() == [0.0, 0.0, 0.0]
+    for n in (1, 2):
+        graph.replay()
+        assert total.tolist() == [n] * 3 and doubled.tolist() == [2 * n] * 3
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: x + x.max().item(),
+        lambda x: x[x > 0],
+        lambda x: x + torch.tensor(1.0, device="cuda"),
+        lambda x: x + torch.ones(3).to("cuda"),
+        lambda x: x.cpu(),
+    ],
+)
+def test_a_graph_neither_waits_nor_copies_from_the_host(step, gpu):
+    x = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError, match="captur"):
+        captured(lambda: step(x))
+    assert captured(lambda: x + 1)[1].shape == (3,)
+
+
+def replies(model, technique: Technique | None, calibrated: bool = False) -> list[list[int]] | str:
+    """Of prompts with a common beginning; what is wrong, where numbers leave the range."""
+    if technique is None:
+        return greedy(model, pad_left(TELLING, 0), 8)
+    state = calibrate(technique, model, character_tokenizer(), TEXTS) if calibrated else None
+    with approximated(model, technique, state):
+        try:
+            return greedy(model, pad_left(ROWS, 0), 8)
+        except NonFiniteError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_replies_on_a_gpu_are_those_of_a_cpu(family, gpu, caplog):
+    """With a captured step, which `caplog` would tell of if it could not be had."""
+    model = random_model(family)
+    techniques = [None, *UNCALIBRATED]
+    expected = [replies(model, technique) for technique in techniques]
+    model = model.to("cuda")
+    assert capturable(model) == (family != "mixtral")
+    assert [replies(model, technique) for technique in techniques] == expected
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("window, reason", [(64, None), (16, "stream is capturing")])
+def test_longrope_is_captured_within_its_first_window(window, reason, gpu, caplog):
+    """Rows of 22 and 28 tokens, of up to 36 with their replies."""
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "factor": 2.0}
+    config = Phi3Config(**SIZE, **GROUPED, original_max_position_embeddings=window)
+    config.rope_parameters = {**scaling, "rope_theta": 10000.0, "original_max_position_embeddings": window}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    expected = replies(model, None)
+    assert replies(model.to("cuda"), None) == expected
+    assert (reason in caplog.text) if reason else not caplog.records
+    assert model.model.rotary_emb.rope_type == "longrope"
+
+
+@pytest.mark.parametrize("family", ["gemma3", "phi3", "mixtral"])
+def test_calibrated_on_a_gpu_techniques_are_the_same(family, gpu, caplog, monkeypatch, tmp_path):
+    model = random_model(family)
+    monkeypatch.setenv("APPROX_CACHE", str(tmp_path / "cpu"))
+    techniques = [one for one in CALIBRATED if family != "mixtral" or one.name != "omniquant"]
+    expected = [replies(model, technique, calibrated=True) for technique in techniques]
+    monkeypatch.setenv("APPROX_CACHE", str(tmp_path / "gpu"))
+    model = model.to("cuda")
+    assert [replies(model, technique, calibrated=True) for technique in techniques] == expected
+    assert not caplog.records
+
+
+def test_a_study_on_a_gpu_measures_the_same(gpu, monkeypatch, tmp_path):
+    techniques = [make("bolt"), make("teal"), make("omniquant", bits=4, epochs=1)]
+    conditions = [Condition(technique, "level", 1.0, layers=[0]) for technique in techniques]
+    tables, states = [], []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setenv("APPROX_CACHE", str(tmp_path / device / "cache"))
+        study = tiny_study(tmp_path / device)
+        study.model.to(device)
+        tables.append(study.sweep(conditions))
+        states.append(hidden_states.capture(study, study.prompts, make("bolt")))
+    numbers = tables[0].select_dtypes("number").columns
+    assert len(numbers) > 5
+    np.testing.assert_allclose(*(table[numbers].to_numpy(float) for table in tables), rtol=1e-4)
+    for layer in states[0]:
+        np.testing.assert_allclose(states[0][layer], states[1][layer], atol=1e-4)
+
+
+def test_a_batch_takes_a_quarter_of_the_free_memory(gpu):
+    model = random_model("qwen2").to("cuda")  # 2 layers of 2 heads with 8 channels, keys and values of 4 bytes
+    free = torch.cuda.mem_get_info()[0]
+    assert fitting_rows(model, 10, 64) == 64
+    length = free // 4 // 10 // (2 * 2 * 2 * 8 * 4)
+    assert 8 <= fitting_rows(model, length, 64) <= 12
+
+
+def test_the_gpu_table_is_whole_on_a_gpu(gpu, caplog):
+    gpu_script = script("gpu")
+    model = gpu_script.random_model(gpu_script.TOY, "cuda", torch.bfloat16)
+    table = gpu_script.lines(gpu_script.Bench(model, gpu_script.SMALL))
+    assert not any("failed" in row for row in table) and not caplog.records

@@ -1,0 +1,229 @@
+"""A stand-in for a GPU on a machine that has none: it computes on the CPU and is as strict as CUDA.
+
+Tensors that are made on or moved to `cuda` are wrapped, and every operation on them is checked. As on a real device,
+tensors of two devices do not mix, NumPy cannot read device memory, and a CUDA graph is recorded without being computed,
+holds addresses and constants instead of Python code, and can neither wait for the device nor copy from the host. What
+it cannot show: speed, memory, the numbers of CUDA's kernels, and operations that CUDA lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU = torch.device("cuda", 0)
+INSIDE = torch.device("meta")  # what PyTorch's C++ takes the tensors' device for: one that it has without CUDA
+MEMORY = 2**33  # bytes
+
+COPIES = {"_to_copy", "copy_"}  # the operations that may see two devices
+INDEXED = {"index", "index_put", "index_put_", "_unsafe_index"}  # with a mask they wait, with a CPU tensor they copy
+WAITING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "repeat_interleave"}
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on the GPU; `held` has its numbers."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> OnGpu:
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        wrapped = Tensor._make_wrapper_subclass(cls, held.shape, device=INSIDE, **layout)
+        wrapped.held = held
+        return wrapped
+
+    @property
+    def device(self) -> torch.device:
+        return GPU
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"OnGpu({self.held!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{function} on a GPU that is pretended no longer")
+
+
+class OnGpuGenerator(torch.Generator):
+    """In place of torch.Generator, whose GPU form needs CUDA; the numbers are those of the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> OnGpuGenerator:
+        generator = super().__new__(cls)
+        generator.place = numbered(torch.device(device))
+        return generator
+
+    @property
+    def device(self) -> torch.device:
+        return self.place
+
+
+class Graph:
+    """In place of torch.cuda.CUDAGraph: the operations of a step, with the addresses they read and write."""
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def record(self, function: Any, args: Any, kwargs: Any) -> Any:
+        read = tensors_of((args, kwargs))
+        if function._schema.is_mutable:
+            for tensor in read:
+                self.written.setdefault(id(tensor), (tensor, tensor.clone()))
+        result = function(*args, **kwargs)
+        old = {tensor.untyped_storage().data_ptr() for tensor in read}
+        made = [tensor for tensor in tensors_of(result) if tensor.untyped_storage().data_ptr() not in old]
+        self.operations.append((function, args, kwargs, made))
+        return result
+
+    def end(self) -> None:
+        """A capture computes nothing: what was written is as before, and for results there is room only."""
+        for *_, made in self.operations:
+            for tensor in made:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
+        for tensor, value in reversed(self.written.values()):
+            tensor.copy_(value)
+
+    def replay(self) -> None:
+        for function, args, kwargs, made in self.operations:
+            results = tensors_of(function(*args, **kwargs))
+            for tensor, value in zip(made, results, strict=bool(made)):
+                tensor.copy_(value)
+
+
+class PretendGpu(TorchDispatchMode):
+    """Runs every operation on what the tensors hold, and records it while a graph is captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph: Graph | None = None
+        self.asked_for_meta = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = dict(kwargs or {}), function.overloadpacket.__name__
+        with self:
+            result = function.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        given, target = tensors_of((args, kwargs)), kwargs.get("device")
+        on_gpu = any(isinstance(tensor, OnGpu) for tensor in given)
+        stays = (target == INSIDE and not self.asked_for_meta) or (target is None and on_gpu)
+        if not on_gpu and not stays and target != GPU:
+            return function(*args, **kwargs)
+        leaves = on_gpu and not stays and target != GPU
+        self.check(name, args, given, crosses=name in COPIES and (leaves or not on_gpu or mixed(given)))
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        args, kwargs = tree_map(held, (args, kwargs))
+        result = self.graph.record(function, args, kwargs) if self.graph else function(*args, **kwargs)
+        known = {id(held(tensor)): tensor for tensor in given}
+        return result if leaves else tree_map(lambda value: known.get(id(value), wrapped(value)), result)
+
+    def check(self, name: str, args: Any, given: list[Tensor], crosses: bool) -> None:
+        """Raises what CUDA would raise."""
+        indexed = name in INDEXED and isinstance(args[0], OnGpu)
+        strict = name not in COPIES and not indexed
+        if strict and mixed([tensor for tensor in given if tensor.ndim or isinstance(tensor, OnGpu)]):
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {name} found cuda:0 and cpu")
+        masks = indexed and any(tensor.dtype == torch.bool for tensor in tensors_of(args[1]))
+        if self.graph and (crosses or masks or name in WAITING or (indexed and mixed(given))):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+
+    @contextmanager
+    def capture(self, graph: Graph) -> Iterator[None]:
+        """In place of torch.cuda.graph."""
+        self.graph = graph
+        try:
+            yield
+        finally:
+            self.graph = None
+            graph.end()
+
+
+class GpuCalls(TorchFunctionMode):
+    """Calls that PyTorch answers before any operation is dispatched."""
+
+    def __init__(self, gpu: PretendGpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(numbered, (args, dict(kwargs or {})))
+        if function is Tensor.cuda:
+            function, args = Tensor.to, (args[0], GPU)
+        if function is Tensor.to and isinstance(args[0], OnGpu):  # where it is already
+            args = (args[0], *(value for value in args[1:] if value != GPU))
+            kwargs = {key: value for key, value in kwargs.items() if key != "device" or value != GPU}
+            if len(args) == 1 and not kwargs.keys() - {"non_blocking"}:
+                return args[0]
+        if function is Tensor.tolist and isinstance(args[0], OnGpu):
+            args = (args[0].cpu(),)
+        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == GPU:  # a copy from the host
+            return function(*args, **{**kwargs, "device": None}).to(GPU)
+        self.gpu.asked_for_meta = any(names(value, "meta") for value in (*args, kwargs.get("device")))
+        return function(*args, **kwargs)
+
+
+def names(value: Any, device: str) -> bool:
+    return isinstance(value, str | torch.device) and str(value) == device
+
+
+def numbered(value: Any) -> Any:
+    """`cuda` is `cuda:0`."""
+    return GPU if names(value, "cuda") else value
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def held(value: Any) -> Any:
+    return value.held if isinstance(value, OnGpu) else value
+
+
+def wrapped(value: Any) -> Any:
+    with torch.inference_mode(False):  # whose tensors cannot be views of others
+        return OnGpu(value) if isinstance(value, Tensor) else value
+
+
+def mixed(tensors: list[Tensor]) -> bool:
+    return len({isinstance(tensor, OnGpu) for tensor in tensors}) > 1
+
+
+@contextmanager
+def pretended() -> Iterator[PretendGpu]:
+    """Makes PyTorch believe in one GPU."""
+    gpu = PretendGpu()
+    answers: dict[str, Any] = {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_name": lambda device=None: "pretended",
+        "mem_get_info": lambda device=None: (MEMORY, MEMORY),
+        "memory_reserved": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "is_current_stream_capturing": lambda: gpu.graph is not None,
+        "CUDAGraph": Graph,
+        "graph": gpu.capture,
+    }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(mock.patch.object(torch, "Generator", OnGpuGenerator))
+        stack.enter_context(GpuCalls(gpu))
+        stack.enter_context(gpu)
+        yield gpu
