@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.cache_utils import StaticLayer
 
 from lib.anatomy import text_config
+from lib.approximations import Technique
 from lib.patching import engaged, first_non_finite
 from lib.prompts import encode
 
@@ -38,6 +39,8 @@ LOOK_EVERY = 8  # steps in fixed shapes between two looks at which rows have end
 SAME_LOGITS = 0.01  # largest relative distance of a replayed step's logits from an ordinary step's (bf16 rounding)
 
 Replay = Callable[[], None]
+UNCAPTURED: WeakKeyDictionary[PreTrainedModel, set[tuple[Technique | None, ...]]] = WeakKeyDictionary()
+"""Models with the techniques under which a capture failed: it may leave CUDA in disorder, so it is tried once."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -308,7 +311,8 @@ def cuda_graph(batch: FixedShapes) -> Replay:
 def replay_if_same(capture: Callable[[FixedShapes], Replay], batch: FixedShapes) -> Replay:
     """Takes one step; returns the captured one, or the ordinary one where the capture fails or is not the same."""
     every = [hits for _, hits in engaged(batch.model)]
-    counts, before, done = [hits.counts.copy() for hits in every], batch.tokens.clone(), int(batch.written)
+    counts, done = [hits.counts.copy() for hits in every], int(batch.written)
+    before, finite = batch.tokens.clone(), batch.finite.clone()
     try:
         replay = capture(batch)
         for old, hits in zip(counts, every, strict=True):
@@ -318,19 +322,21 @@ def replay_if_same(capture: Callable[[FixedShapes], Replay], batch: FixedShapes)
         replayed = batch.logits.clone()
         batch.back(before)
         batch.step()
-        if torch.dist(replayed, batch.logits) > SAME_LOGITS * batch.logits.norm():
+        if not torch.dist(replayed, batch.logits) <= SAME_LOGITS * batch.logits.norm():  # NaN is not the same either
             raise RuntimeError("a replayed step gives other logits")
     except RuntimeError as error:
-        tell(str(error).splitlines()[0])
-        if int(batch.written) == done:
-            batch.step()
+        log.warning("decoding without a captured step: %s", str(error).splitlines()[0])
+        UNCAPTURED.setdefault(batch.model, set()).add(techniques_on(batch.model))
+        if int(batch.written) > done:
+            batch.back(before)
+        batch.finite.copy_(finite)
+        batch.step()
         return batch.step
     return replay
 
 
-@cache  # once for each reason, not in every batch
-def tell(reason: str) -> None:
-    log.warning("decoding without a captured step: %s", reason)
+def techniques_on(model: PreTrainedModel) -> tuple[Technique | None, ...]:
+    return tuple(technique for technique, _ in engaged(model))
 
 
 def decode_in_place(
@@ -344,6 +350,7 @@ def decode_in_place(
 ) -> list[list[int]] | None:
     """As `decode_shrinking`, but all rows stay to the end. capture: None stands for `cuda_graph` on a GPU."""
     capture = capture or (cuda_graph if model.device.type == "cuda" else None)
+    capture = None if techniques_on(model) in UNCAPTURED.get(model, ()) else capture
     ends = torch.tensor(end_tokens(model), device=tokens.device)
     batch = FixedShapes(model, cache, mask, positions, tokens, max_new_tokens)
     replay: Replay = batch.step

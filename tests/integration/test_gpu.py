@@ -14,7 +14,7 @@ from lib import hidden_states
 from lib.approximations import Technique, make
 from lib.calibration import calibrate
 from lib.conditions import Condition
-from lib.generation import NonFiniteError, capturable, fitting_rows, greedy, pad_left, tell
+from lib.generation import NonFiniteError, capturable, fitting_rows, greedy, pad_left
 from lib.patching import approximated
 from tests.families import CONFIGS, GROUPED, SIZE, random_model
 from tests.integration.test_benchmarks import script
@@ -43,7 +43,6 @@ CALIBRATED = [
 
 @pytest.fixture
 def gpu():
-    tell.cache_clear()
     if torch.cuda.is_available():
         yield
     else:
