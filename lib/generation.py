@@ -301,9 +301,9 @@ def fixed_frequencies(model: PreTrainedModel, length: int) -> Iterator[None]:
 
 
 def cuda_graph(batch: FixedShapes) -> Replay:
-    """One step as a CUDA graph."""
+    """One step as a CUDA graph. The outer context brings the stream back where a capture fails on its way out."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         batch.step()
     return graph.replay
 

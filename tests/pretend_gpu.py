@@ -1,6 +1,6 @@
-"""A stand-in for a GPU on a machine that has none: it computes on the CPU and is as strict as CUDA.
+"""A stand-in for GPUs on a machine that has none: it computes on the CPU and is as strict as CUDA.
 
-Tensors that are made on or moved to `cuda` are wrapped, and every operation on them is checked. As on a real device,
+Tensors that are made on or moved to a GPU are wrapped, and every operation on them is checked. As on real devices,
 tensors of two devices do not mix, NumPy cannot read device memory, and a CUDA graph is recorded without being computed,
 holds addresses and constants instead of Python code, and can neither wait for the device nor copy from the host. What
 it cannot show: speed, memory, the numbers of CUDA's kernels, and operations that CUDA lacks.
@@ -9,7 +9,7 @@ it cannot show: speed, memory, the numbers of CUDA's kernels, and operations tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-GPU = torch.device("cuda", 0)
+GPUS = [torch.device("cuda", number) for number in range(2)]
+GPU, CPU = GPUS[0], torch.device("cpu")
 INSIDE = torch.device("meta")  # what PyTorch's C++ takes the tensors' device for: one that it has without CUDA
 MEMORY = 2**33  # bytes
 
@@ -29,27 +30,28 @@ WAITING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2
 
 
 class OnGpu(Tensor):
-    """A tensor that says it is on the GPU; `held` has its numbers."""
+    """A tensor that says it is on a GPU, its `place`; `held` has its numbers."""
 
     held: Tensor
+    place: torch.device
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> OnGpu:
+    def __new__(cls, held: Tensor, place: torch.device) -> OnGpu:
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
         wrapped = Tensor._make_wrapper_subclass(cls, held.shape, device=INSIDE, **layout)
-        wrapped.held = held
+        wrapped.held, wrapped.place = held, place
         return wrapped
 
     @property
     def device(self) -> torch.device:
-        return GPU
+        return self.place
 
     @property
     def is_cuda(self) -> bool:
         return True
 
     def __repr__(self) -> str:
-        return f"OnGpu({self.held!r})"
+        return f"OnGpu({self.held!r}, {self.place})"
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,6 +111,7 @@ class PretendGpu(TorchDispatchMode):
         super().__init__()
         self.graph: Graph | None = None
         self.asked_for_meta = False
+        self.last = GPU  # where PyTorch's C++ makes tensors beside others that it works on
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), function.overloadpacket.__name__
@@ -117,27 +120,31 @@ class PretendGpu(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         given, target = tensors_of((args, kwargs)), kwargs.get("device")
+        self.last = next((tensor.place for tensor in given if isinstance(tensor, OnGpu)), self.last)
+        if target == INSIDE and not self.asked_for_meta:
+            target = self.last
         on_gpu = any(isinstance(tensor, OnGpu) for tensor in given)
-        stays = (target == INSIDE and not self.asked_for_meta) or (target is None and on_gpu)
-        if not on_gpu and not stays and target != GPU:
+        target = self.last if target is None and on_gpu else torch.device(target or "cpu")
+        if not on_gpu and target.type != "cuda":
             return function(*args, **kwargs)
-        leaves = on_gpu and not stays and target != GPU
-        self.check(name, args, given, crosses=name in COPIES and (leaves or not on_gpu or mixed(given)))
+        self.check(name, args, given, crosses=name in COPIES and {target} != places(given))
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         args, kwargs = tree_map(held, (args, kwargs))
         result = self.graph.record(function, args, kwargs) if self.graph else function(*args, **kwargs)
+        if target.type != "cuda":
+            return result
         known = {id(held(tensor)): tensor for tensor in given}
-        return result if leaves else tree_map(lambda value: known.get(id(value), wrapped(value)), result)
+        return tree_map(lambda value: known.get(id(value), wrapped(value, target)), result)
 
     def check(self, name: str, args: Any, given: list[Tensor], crosses: bool) -> None:
         """Raises what CUDA would raise."""
         indexed = name in INDEXED and isinstance(args[0], OnGpu)
-        strict = name not in COPIES and not indexed
-        if strict and mixed([tensor for tensor in given if tensor.ndim or isinstance(tensor, OnGpu)]):
-            raise RuntimeError(f"Expected all tensors to be on the same device, but {name} found cuda:0 and cpu")
+        found = places([tensor for tensor in given if tensor.ndim or isinstance(tensor, OnGpu)])
+        if len(found) > 1 and name not in COPIES and not (indexed and found <= {args[0].place, CPU}):
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {name} found {found}")
         masks = indexed and any(tensor.dtype == torch.bool for tensor in tensors_of(args[1]))
-        if self.graph and (crosses or masks or name in WAITING or (indexed and mixed(given))):
+        if self.graph and (crosses or masks or name in WAITING or (indexed and CPU in places(given))):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
 
     @contextmanager
@@ -161,16 +168,18 @@ class GpuCalls(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(numbered, (args, dict(kwargs or {})))
         if function is Tensor.cuda:
-            function, args = Tensor.to, (args[0], GPU)
+            function, args = Tensor.to, (args[0], *(args[1:] or [GPU]))
+        if function is Tensor.to:
+            args, kwargs = tree_map(lambda value: GPUS[value] if type(value) is int else value, (args, kwargs))
         if function is Tensor.to and isinstance(args[0], OnGpu):  # where it is already
-            args = (args[0], *(value for value in args[1:] if value != GPU))
-            kwargs = {key: value for key, value in kwargs.items() if key != "device" or value != GPU}
+            args = (args[0], *(value for value in args[1:] if value != args[0].place))
+            kwargs = {key: value for key, value in kwargs.items() if key != "device" or value != args[0].place}
             if len(args) == 1 and not kwargs.keys() - {"non_blocking"}:
                 return args[0]
         if function is Tensor.tolist and isinstance(args[0], OnGpu):
             args = (args[0].cpu(),)
-        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == GPU:  # a copy from the host
-            return function(*args, **{**kwargs, "device": None}).to(GPU)
+        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") in GPUS:  # a copy from the host
+            return function(*args, **{**kwargs, "device": None}).to(kwargs["device"])
         self.gpu.asked_for_meta = any(names(value, "meta") for value in (*args, kwargs.get("device")))
         return function(*args, **kwargs)
 
@@ -181,7 +190,7 @@ def names(value: Any, device: str) -> bool:
 
 def numbered(value: Any) -> Any:
     """`cuda` is `cuda:0`."""
-    return GPU if names(value, "cuda") else value
+    return next((gpu for gpu in GPUS if names(value, str(gpu))), GPU if names(value, "cuda") else value)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -192,23 +201,23 @@ def held(value: Any) -> Any:
     return value.held if isinstance(value, OnGpu) else value
 
 
-def wrapped(value: Any) -> Any:
+def wrapped(value: Any, place: torch.device) -> Any:
     with torch.inference_mode(False):  # whose tensors cannot be views of others
-        return OnGpu(value) if isinstance(value, Tensor) else value
+        return OnGpu(value, place) if isinstance(value, Tensor) else value
 
 
-def mixed(tensors: list[Tensor]) -> bool:
-    return len({isinstance(tensor, OnGpu) for tensor in tensors}) > 1
+def places(tensors: list[Tensor]) -> set[torch.device]:
+    return {tensor.place if isinstance(tensor, OnGpu) else CPU for tensor in tensors}
 
 
 @contextmanager
-def pretended() -> Iterator[PretendGpu]:
-    """Makes PyTorch believe in one GPU."""
+def pretended(count: int = 1) -> Iterator[PretendGpu]:
+    """Makes PyTorch believe in one GPU, or in two."""
     gpu = PretendGpu()
     answers: dict[str, Any] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
-        "device_count": lambda: 1,
+        "device_count": lambda: count,
         "current_device": lambda: 0,
         "get_device_name": lambda device=None: "pretended",
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
@@ -219,6 +228,8 @@ def pretended() -> Iterator[PretendGpu]:
         "is_current_stream_capturing": lambda: gpu.graph is not None,
         "CUDAGraph": Graph,
         "graph": gpu.capture,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device=None: None,
     }
     with ExitStack() as stack:
         for name, answer in answers.items():
