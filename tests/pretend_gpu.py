@@ -174,8 +174,10 @@ class GpuCalls(TorchFunctionMode):
         if function is Tensor.to and isinstance(args[0], OnGpu):  # where it is already
             args = (args[0], *(value for value in args[1:] if value != args[0].place))
             kwargs = {key: value for key, value in kwargs.items() if key != "device" or value != args[0].place}
-            if len(args) == 1 and not kwargs.keys() - {"non_blocking"}:
+            wanted = torch.dtype | torch.device | str | Tensor
+            if not any(isinstance(value, wanted) for value in (*args[1:], *kwargs.values())):
                 return args[0]
+            args = tuple(value for value in args if value is not None)
         if function is Tensor.tolist and isinstance(args[0], OnGpu):
             args = (args[0].cpu(),)
         if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") in GPUS:  # a copy from the host
@@ -212,13 +214,14 @@ def places(tensors: list[Tensor]) -> set[torch.device]:
 
 @contextmanager
 def pretended(count: int = 1) -> Iterator[PretendGpu]:
-    """Makes PyTorch believe in one GPU, or in two."""
+    """Makes PyTorch believe in so many GPUs."""
     gpu = PretendGpu()
     answers: dict[str, Any] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "device_count": lambda: count,
         "current_device": lambda: 0,
+        "set_device": lambda device: None,
         "get_device_name": lambda device=None: "pretended",
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         "memory_reserved": lambda device=None: 0,
