@@ -1,7 +1,8 @@
 """Transformers' eager attention and experts, written out so that a patch can edit what is inside them.
 
 Registered with Transformers under one name; `lib.patching` switches a model to it and keeps each module's edits on the
-module. Without edits they compute, bit for bit, what the eager functions of Transformers compute.
+module. Without edits they compute, bit for bit, what the eager functions of Transformers compute. So does the mask,
+which stands in for Transformers' own under "eager" too, because a captured step of an exact model needs it as well.
 """
 
 from __future__ import annotations
@@ -109,6 +110,6 @@ def additive_mask(*, dtype: torch.dtype = torch.float32, **arguments: Any) -> Te
 
 
 AttentionInterface.register(NAME, eager_attention)
-for name in (NAME, "eager"):  # without one Transformers passes no mask and attention is not causal
-    AttentionMaskInterface.register(name, additive_mask)
+AttentionMaskInterface.register(NAME, additive_mask)  # without one Transformers passes none: attention is not causal
+AttentionMaskInterface.register("eager", additive_mask)
 ExpertsInterface.register(NAME, eager_experts)

@@ -89,9 +89,14 @@ def generate(
     return replies
 
 
+def techniques_on(model: PreTrainedModel) -> tuple[Technique | None, ...]:
+    """The technique of every patch that is on the model now; None for one that only observes."""
+    return tuple(technique for technique, _ in engaged(model))
+
+
 def batch_is_free(model: PreTrainedModel) -> bool:
     """Whether a reply is the same in every batch: not so under noise or quantization of a whole tensor at once."""
-    return all(technique is None or technique.per_token for technique, _ in engaged(model))
+    return all(technique is None or technique.per_token for technique in techniques_on(model))
 
 
 def fitting_rows(model: PreTrainedModel, length: int, most: int) -> int:
@@ -175,7 +180,7 @@ def read_prompts(model: PreTrainedModel, batch: dict[str, Tensor], cache: Cache)
 def shared_prefix(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[int]:
     """Tokens with which all prompts begin, if they may be read apart: none where windows slide over the padding behind
     them, or where a patch looks at whole prompts or batches, or observes. Two tokens of every prompt are left."""
-    whole = any(technique is None or technique.whole_prompt for technique, _ in engaged(model))
+    whole = any(technique is None or technique.whole_prompt for technique in techniques_on(model))
     if whole or not batch_is_free(model) or not attends_fully(model):
         return []
     pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
@@ -226,7 +231,7 @@ def decode_shrinking(
         if len(kept) < KEPT_SHARE * len(rows):
             rows = [rows[i] for i in kept.tolist()]
             tokens, positions, mask, going = tokens[kept], positions[kept], mask[kept], going[kept]
-            cache.batch_select_indices(kept)
+            cache.batch_select_indices(kept.cpu())  # from where every GPU takes it that holds some of the layers
     return replies
 
 
@@ -288,7 +293,7 @@ def fixed_layer(layer: Any, room: int) -> StaticLayer:
 @contextmanager
 def fixed_frequencies(model: PreTrainedModel, length: int) -> Iterator[None]:
     """LongRoPE (Phi-3.5) asks in every step whether a sequence has outgrown the first window, which waits for the GPU.
-    It does not ask while no sequence can: `length` is the longest."""
+    Here it is not asked if none can. length: tokens of the longest prompt and reply."""
     modules: Any = [module for module in model.modules() if getattr(module, "rope_type", None) == "longrope"]
     small = [m for m in modules if length <= m.config.rope_parameters["original_max_position_embeddings"]]
     for module in small:
@@ -309,7 +314,8 @@ def cuda_graph(batch: FixedShapes) -> Replay:
 
 
 def replay_if_same(capture: Callable[[FixedShapes], Replay], batch: FixedShapes) -> Replay:
-    """Takes one step; returns the captured one, or the ordinary one where the capture fails or is not the same."""
+    """Takes one step; returns the captured one, or the ordinary one where the capture fails or is not the same, which
+    is logged and noted in UNCAPTURED."""
     every = [hits for _, hits in engaged(batch.model)]
     counts, done = [hits.counts.copy() for hits in every], int(batch.written)
     before, finite = batch.tokens.clone(), batch.finite.clone()
@@ -333,10 +339,6 @@ def replay_if_same(capture: Callable[[FixedShapes], Replay], batch: FixedShapes)
         batch.step()
         return batch.step
     return replay
-
-
-def techniques_on(model: PreTrainedModel) -> tuple[Technique | None, ...]:
-    return tuple(technique for technique, _ in engaged(model))
 
 
 def decode_in_place(

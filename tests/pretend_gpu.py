@@ -79,10 +79,9 @@ class Graph:
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def record(self, function: Any, args: Any, kwargs: Any) -> Any:
-        read = tensors_of((args, kwargs))
-        if function._schema.is_mutable:
-            for tensor in read:
-                self.written.setdefault(id(tensor), (tensor, tensor.clone()))
+        read, taken = tensors_of((args, kwargs)), zip(function._schema.arguments, args, strict=False)
+        for tensor in tensors_of([value for argument, value in taken if argument.is_write] + [kwargs.get("out")]):
+            self.written.setdefault(id(tensor), (tensor, tensor.clone()))
         result = function(*args, **kwargs)
         old = {tensor.untyped_storage().data_ptr() for tensor in read}
         made = [tensor for tensor in tensors_of(result) if tensor.untyped_storage().data_ptr() not in old]
@@ -91,11 +90,11 @@ class Graph:
 
     def end(self) -> None:
         """A capture computes nothing: what was written is as before, and for results there is room only."""
+        for tensor, value in reversed(self.written.values()):
+            tensor.copy_(value)
         for *_, made in self.operations:
             for tensor in made:
                 tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
-        for tensor, value in reversed(self.written.values()):
-            tensor.copy_(value)
 
     def replay(self) -> None:
         for function, args, kwargs, made in self.operations:
@@ -169,7 +168,7 @@ class GpuCalls(TorchFunctionMode):
         args, kwargs = tree_map(numbered, (args, dict(kwargs or {})))
         if function is Tensor.cuda:
             function, args = Tensor.to, (args[0], *(args[1:] or [GPU]))
-        if function is Tensor.to:
+        if function in (Tensor.to, torch.device):
             args, kwargs = tree_map(lambda value: GPUS[value] if type(value) is int else value, (args, kwargs))
         if function is Tensor.to and isinstance(args[0], OnGpu):  # where it is already
             args = (args[0], *(value for value in args[1:] if value != args[0].place))

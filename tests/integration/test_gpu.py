@@ -7,14 +7,24 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Phi3Config
 
-from lib import hidden_states
-from lib.approximations import Technique, make
+from lib import generation, hidden_states
+from lib.approximations import State, Technique, make
 from lib.calibration import calibrate
 from lib.conditions import Condition
-from lib.generation import NonFiniteError, capturable, fitting_rows, greedy, pad_left
+from lib.generation import (
+    FixedShapes,
+    NonFiniteError,
+    Replay,
+    capturable,
+    cuda_graph,
+    fitting_rows,
+    greedy,
+    pad_left,
+)
 from lib.patching import approximated
 from tests.families import CONFIGS, GROUPED, SIZE, random_model
 from tests.integration.test_benchmarks import script
@@ -98,11 +108,24 @@ def test_a_graph_neither_waits_nor_copies_from_the_host(step, gpu):
     assert captured(lambda: x + 1)[1].shape == (3,)
 
 
-def replies(model, technique: Technique | None, calibrated: bool = False) -> list[list[int]] | str:
+@pytest.fixture
+def captures(monkeypatch) -> list[FixedShapes]:
+    """Grows with every batch whose step was captured."""
+    batches: list[FixedShapes] = []
+
+    def counted(batch: FixedShapes) -> Replay:
+        replay = cuda_graph(batch)
+        batches.append(batch)
+        return replay
+
+    monkeypatch.setattr(generation, "cuda_graph", counted)
+    return batches
+
+
+def replies(model, technique: Technique | None, state: State | None = None) -> list[list[int]] | str:
     """Of prompts with a common beginning; what is wrong, where numbers leave the range."""
     if technique is None:
         return greedy(model, pad_left(TELLING, 0), 8)
-    state = calibrate(technique, model, character_tokenizer(), TEXTS) if calibrated else None
     with approximated(model, technique, state):
         try:
             return greedy(model, pad_left(ROWS, 0), 8)
@@ -111,15 +134,14 @@ def replies(model, technique: Technique | None, calibrated: bool = False) -> lis
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_replies_on_a_gpu_are_those_of_a_cpu(family, gpu, caplog):
-    """With a captured step, which `caplog` would tell of if it could not be had."""
-    model = random_model(family)
-    techniques = [None, *UNCALIBRATED]
+def test_replies_on_a_gpu_are_those_of_a_cpu(family, gpu, captures, caplog):
+    model, techniques = random_model(family), [None, *UNCALIBRATED]
     expected = [replies(model, technique) for technique in techniques]
     model = model.to("cuda")
-    assert capturable(model) == (family != "mixtral")
     assert [replies(model, technique) for technique in techniques] == expected
-    assert not caplog.records
+    fluent = sum(isinstance(found, list) for found in expected)
+    assert fluent > 9 and len(captures) == (0 if family == "mixtral" else fluent)
+    assert not caplog.records  # which would tell of captures that were not used
 
 
 @pytest.mark.parametrize("window, reason", [(64, None), (16, "stream is capturing")])
@@ -136,16 +158,53 @@ def test_longrope_is_captured_within_its_first_window(window, reason, gpu, caplo
     assert model.model.rotary_emb.rope_type == "longrope"
 
 
+def calibrated(model, family: str) -> dict[Technique, State]:
+    techniques = [one for one in CALIBRATED if family != "mixtral" or one.name != "omniquant"]
+    return {technique: calibrate(technique, model, character_tokenizer(), TEXTS) for technique in techniques}
+
+
 @pytest.mark.parametrize("family", ["gemma3", "phi3", "mixtral"])
-def test_calibrated_on_a_gpu_techniques_are_the_same(family, gpu, caplog, monkeypatch, tmp_path):
+def test_calibration_on_a_gpu_is_that_of_a_cpu(family, gpu, captures, caplog, monkeypatch, tmp_path):
+    """OmniQuant's but for rounding, which its training amplifies."""
     model = random_model(family)
     monkeypatch.setenv("APPROX_CACHE", str(tmp_path / "cpu"))
-    techniques = [one for one in CALIBRATED if family != "mixtral" or one.name != "omniquant"]
-    expected = [replies(model, technique, calibrated=True) for technique in techniques]
+    states = calibrated(model, family)
+    expected = [replies(model, technique, state) for technique, state in states.items()]
     monkeypatch.setenv("APPROX_CACHE", str(tmp_path / "gpu"))
     model = model.to("cuda")
-    assert [replies(model, technique, calibrated=True) for technique in techniques] == expected
-    assert not caplog.records
+    for technique, found in calibrated(model, family).items():
+        for key, value in found.items():
+            atol = 0.02 if technique.name == "omniquant" else 1e-5
+            torch.testing.assert_close(value.cpu(), states[technique][key], atol=atol, rtol=1e-4)
+    assert [replies(model, technique, state) for technique, state in states.items()] == expected
+    assert len(captures) == (0 if family == "mixtral" else len(states)) and not caplog.records
+
+
+@pytest.fixture
+def two_gpus():
+    if not torch.cuda.is_available():
+        with pretended(2):
+            yield
+    elif torch.cuda.device_count() < 2:
+        pytest.skip("this machine has one GPU")
+    else:
+        yield
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "mixtral"])
+def test_a_model_over_two_gpus_gives_the_same(family, two_gpus, monkeypatch, tmp_path):
+    """With a row that ends and leaves the batch before the others."""
+    monkeypatch.setenv("APPROX_CACHE", str(tmp_path))
+    model = random_model(family)
+    model.generation_config.eos_token_id = replies(model, None)[0][2]
+    states = calibrated(model, family) | dict.fromkeys([make("bolt"), make("iron", arithmetic="real")])
+    expected = [replies(model, technique, state) for technique, state in [(None, None), *states.items()]]
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1}
+    places["lm_head"] = 0 if model.config.tie_word_embeddings else 1
+    model = dispatch_model(model, places, force_hooks=True)
+    assert {str(parameter.device) for parameter in model.parameters()} == {"cuda:0", "cuda:1"}
+    assert [replies(model, technique, state) for technique, state in [(None, None), *states.items()]] == expected
+    assert not capturable(model) and len({len(row) for row in expected[0]}) > 1
 
 
 def test_a_study_on_a_gpu_measures_the_same(gpu, monkeypatch, tmp_path):
