@@ -20,7 +20,7 @@ import pytest
 import torch
 from nbclient.exceptions import DeadKernelError
 
-from lib import calibration, download, execute, models, prompts, registry, report, run
+from lib import calibration, download, execute, generation, models, prompts, registry, report, run
 from lib.approximations import make
 from lib.conditions import grid
 from lib.generation import generate
@@ -28,6 +28,7 @@ from lib.patching import approximated
 from lib.paths import ROOT
 from lib.processes import lock
 from tests.families import random_model
+from tests.pretend_gpu import pretended
 from tests.tiny_study import character_tokenizer, tiny_study
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -236,6 +237,17 @@ def overflow(folder: Path) -> None:
         generate(model, character_tokenizer(), ["paint the lamp"], 2)
 
 
+def waiting_step(folder: Path) -> None:
+    def told(message: str, *words: str) -> None:
+        raise RuntimeError(message % words)
+
+    model = random_model("llama")
+    model.model.norm.register_forward_hook(lambda module, args, output: output * output.isfinite().all().item())
+    with pretended(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation.log, "warning", told)
+        generate(model.to("cuda"), character_tokenizer(), ["paint the lamp"], 8)
+
+
 def prompt_file(name: str, text: str) -> Callable[[Path], None]:
     def load(folder: Path) -> None:
         (folder / name).write_text(text)
@@ -259,7 +271,7 @@ PROVOKED: list[Callable[[Path], object]] = [
     command_line("--notebooks", "02", "--set", "n_prompts=many"), command_line("--set", "n_prompts"),
     command_line("--jobs", "0"), command_line("--profile", "slurm"), second_run, foreign_folder, killed_kernel,
     too_little_text, patch_llama(technique="teal"), lambda _: make("teel"), lambda _: make("teal", bits=4),
-    patch_llama(layers=[9]), overflow, lambda _: report.gather(), lambda _: prompts.load("advbensch"),
+    patch_llama(layers=[9]), overflow, waiting_step, lambda _: report.gather(), lambda _: prompts.load("advbensch"),
     prompt_file("my_prompts.jsonl", '{"prompt": "a"}\nno'), prompt_file("my_prompts.csv", "request\na\n"),
     prompt_file("my_prompts.jsonl", '{"prompt": "a", "label": "bad"}'), no_download,
     lambda _: download.verified(b"text", "0" * 64, "a file"),
