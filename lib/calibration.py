@@ -131,6 +131,10 @@ class Calibration:
         block = self.body.blocks[layer]
         if projection in block.projections:
             return block.projections[projection].weight.detach().abs().amax(0).float().cpu()
+        if projection == "router":
+            if block.router is None:
+                raise KeyError(projection)
+            return block.router.weight.detach().abs().amax(0).float().cpu()
         experts = block.experts
         half = experts.gate_up_proj.shape[1] // 2
         parts = {"gate": experts.gate_up_proj[:, :half], "up": experts.gate_up_proj[:, half:]}

@@ -230,13 +230,20 @@ def softmax(
     if is_real(arithmetic):
         return softmax_real(scores, visible, real, partial(reciprocal_real, fraction_bits=fraction_bits))
     filled, largest = fill_invisible(scores, visible)
-    magnitude = encode(largest, fraction_bits, ring_bits) - encode(filled, fraction_bits, ring_bits)
+    magnitude = wrap(encode(largest, fraction_bits, ring_bits) - encode(filled, fraction_bits, ring_bits), ring_bits)
     weights = lookup(table, fraction_bits, magnitude).masked_fill_(~visible, 0)
     total = weights.sum(-1, keepdim=True)
     total = wrap(total, ring_bits) if sum_bits is None else total & (2**sum_bits - 1)
     probabilities = divide_integers(weights, total, fraction_bits, sum_bits or ring_bits)
     extent = torch.maximum(largest.abs(), filled.amin(-1, keepdim=True).abs())
     return decode(probabilities, fraction_bits, extent)
+
+
+def mean_of(total: Tensor, count: int) -> Tensor:
+    """floor(total floor(2^24 / count) / 2^24): the mean of `count` integers by a public constant, in two steps, because
+    the product itself may need more than 64 bits."""
+    share, low = 2**MEAN_BITS // count, total & (2**MEAN_BITS - 1)
+    return (total >> MEAN_BITS) * share + (low * share >> MEAN_BITS)
 
 
 def normalise(
@@ -253,10 +260,9 @@ def normalise(
     """
     if is_real(arithmetic):
         return normalise_real(x, partial(rsqrt_real, fraction_bits=fraction_bits))
-    s, share = fraction_bits, 2**MEAN_BITS // x.shape[-1]
-    encoded = encode(x, s, ring_bits)
+    s, encoded = fraction_bits, encode(x, fraction_bits, ring_bits)
     squares = multiply(encoded, encoded, s, ring_bits)
-    mean_square = multiply(wrap(squares.sum(-1, keepdim=True), ring_bits), share, MEAN_BITS, ring_bits)
+    mean_square = mean_of(wrap(squares.sum(-1, keepdim=True), ring_bits), x.shape[-1])
     result = multiply(encoded, rsqrt_integers(mean_square, s, ring_bits), s, ring_bits)
     extent = x.abs().amax(-1, keepdim=True)
     if output_bits is None:

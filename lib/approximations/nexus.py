@@ -243,6 +243,8 @@ class Nexus(Polynomialization):
 
 
 def norm_factor(smallest: float, largest: float) -> Tensor:
-    """K (float64 scalar) that centres mean squares in [5, 900] on a log scale, or else keeps them below 900."""
-    centred = math.sqrt(math.prod(NORM_RANGE) / (max(smallest, 1e-30) * largest))
+    """K (float64 scalar) that centres mean squares in [5, 900] on a log scale, or else keeps them below 900. Both
+    bounds count as 1e-30 at least."""
+    smallest, largest = max(smallest, 1e-30), max(largest, 1e-30)
+    centred = math.sqrt(math.prod(NORM_RANGE) / (smallest * largest))
     return torch.tensor(min(centred, NORM_RANGE[1] / largest), dtype=torch.float64)

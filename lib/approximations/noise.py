@@ -34,7 +34,10 @@ def central_rms(centers: Tensor, counts: Tensor) -> Tensor:
     """Root mean square (scalar, float32) of a histogram's inner bins: the central 98 % of the values.
 
     The first and the last bin of `teal.histogram` reach to the extremes, so their centres say nothing about size.
+    Equal values fill no inner bin: theirs is the magnitude.
     """
+    if centers[1] == centers[-2]:
+        return centers[1].float().abs()
     centers, weights = centers[1:-1].double(), counts[1:-1].double()
     return ((centers.square() * weights).sum() / weights.sum()).sqrt().float()
 

@@ -11,6 +11,7 @@ without smoothing, as in the released code.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from lib.approximations.technique import State, Statistics, Step, Technique, Transform, calibrated, check_choice
 
-SMOOTHED = {"attn_in": ("q", "k", "v"), "mlp_in": ("gate", "up")}
-"""Site -> the projections that share its smoothing scales."""
+SMOOTHED = {"attn_in": ("q", "k", "v"), "mlp_in": ("gate", "up", "router")}
+"""Site -> what reads it and so shares its smoothing scales; the router only in a mixture of experts."""
 
 
 def smoothing_scales(act_max: Tensor, weight_max: Tensor, alpha: float) -> Tensor:
@@ -103,7 +104,10 @@ class SmoothQuant(Technique):
             for site in self.sites:
                 peak = statistics.channel_max(layer, site).float()
                 if self.smooth and site in SMOOTHED:
-                    weights = [statistics.weight_max(layer, projection) for projection in SMOOTHED[site]]
+                    weights = []
+                    for reader in SMOOTHED[site]:
+                        with suppress(KeyError):  # the layer has no router
+                            weights.append(statistics.weight_max(layer, reader))
                     smoothing = smoothing_scales(peak, torch.stack(weights).amax(0), self.alpha)
                     state[f"{layer}.{site}"] = smoothing
                     peak = peak / smoothing

@@ -26,6 +26,7 @@ from lib.approximations.technique import State, Statistics, Step, Technique, Tra
 
 BINS = 10_000
 SEARCH_TOKENS = 512  # of the calibration text, on which the greedy search measures errors
+GREEDY_TARGET = 0.9  # of a block, where the search ends
 
 SITES = {
     "q": "attn_in.q",
@@ -113,7 +114,7 @@ def greedy_allocation(
     block_error: Callable[[dict[str, float]], float],
     weights: Mapping[str, float],
     step: float = 0.05,
-    target: float = 0.9,
+    target: float = GREEDY_TARGET,
 ) -> Trace:
     """Spread a block's sparsity over its projections: always raise the one that costs the least error.
 
@@ -198,7 +199,7 @@ class Teal(Technique):
     """TEAL at one sparsity.
 
     sparsity: target share of zeros within [0, 1); above about 0.98 the histogram's outer bins blur the threshold.
-    allocation: "uniform" or "greedy".
+    allocation: "uniform", or "greedy", whose search ends at 0.9.
     prompt: the part of a prompt that is sparsified: "last_half" (released evaluation), "all" or "decode" (none).
     thresholds: "calibrated", or "paper" for the studied paper's global pair at mlp_in and mlp_mid, which is not TEAL.
     """
@@ -219,6 +220,8 @@ class Teal(Technique):
             raise ValueError(f"teal: sparsity={self.sparsity} is not valid; choose a number within [0, 1)")
         if self.thresholds == "paper" and self.allocation == "greedy":
             raise ValueError("teal: allocation='greedy' is not valid with thresholds='paper'; choose uniform")
+        if self.allocation == "greedy" and self.sparsity > GREEDY_TARGET:
+            raise ValueError(f"teal: greedy sparsity={self.sparsity} is not valid; choose at most {GREEDY_TARGET}")
 
     @property
     def whole_prompt(self) -> bool:

@@ -60,7 +60,7 @@ class Statistics(Protocol):
         """max |x| per channel [channels] of attn_in, attn_out, mlp_in, gate, mlp_mid, q, k or v."""
 
     def weight_max(self, layer: int, projection: str) -> Tensor:
-        """max |W| per input channel [in] of q, k, v, o, gate, up or down."""
+        """max |W| per input channel [in] of q, k, v, o, gate, up, down or router; KeyError where there is no router."""
 
     def mean_square(self, layer: int, site: str) -> tuple[float, float]:
         """(smallest, largest) mean square over channels of a norm's input, e.g. norm_attn; final norm: layer -1."""

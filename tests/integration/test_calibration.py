@@ -100,6 +100,21 @@ def test_every_expert_is_measured():
     assert torch.equal(measured.weight_max(0, "gate"), gates.detach().abs().amax((0, 1)))
 
 
+def test_a_router_shares_the_smoothing_of_what_it_reads():
+    """Its weights count for the scales of a mixture's mlp_in; a model without experts has no router."""
+    model = random_model("mixtral")
+    technique, measured = make("smoothquant"), Calibration(model, token_windows(model))
+    before = technique.fit(measured)["0.mlp_in"]
+    with torch.no_grad():
+        anatomy(model).blocks[0].router.weight[0, 0] = 100
+    after = technique.fit(measured)["0.mlp_in"]
+    expected = measured.channel_max(0, "mlp_in")[0] ** 0.85 / 100**0.15
+    assert float(after[0]) == pytest.approx(float(expected)) and torch.equal(after[1:], before[1:])
+    dense = random_model("llama")
+    with pytest.raises(KeyError):
+        Calibration(dense, token_windows(dense)).weight_max(0, "router")
+
+
 def test_a_state_is_read_back_unless_weights_texts_or_settings_change(monkeypatch):
     model, texts, runs = random_model("llama"), random_texts(), []
     measure = Calibration._measured

@@ -83,6 +83,13 @@ def test_central_rms_leaves_massive_activations_out() -> None:
     assert float(central_rms(*teal.histogram(values))) == pytest.approx(0.935, rel=0.02)  # N(0, 1) cut at 1 % and 99 %
 
 
+@pytest.mark.parametrize("others", [0, 10])
+def test_central_rms_of_equal_values_is_their_magnitude(others: int) -> None:
+    for value in (0.0, -0.5):
+        values = torch.cat([torch.full((5000,), value), torch.linspace(-3, 3, others)])
+        assert float(central_rms(*teal.histogram(values))) == abs(value)
+
+
 def test_places_and_settings() -> None:
     assert Gaussian().sites == ("norm", "norm_final") and Laplace().sites == ("mlp_mid",)
     assert not Gaussian().per_token and not Gaussian().needs_calibration

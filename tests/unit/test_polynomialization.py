@@ -313,6 +313,44 @@ def test_a_mean_square_within_the_margin_is_served_and_one_beyond_is_not(margin,
     assert bool(error < 1e-3) == served
 
 
+@pytest.mark.parametrize("system", (*FIXED, nexus))
+def test_a_norm_of_zeros_is_zero_and_one_that_never_saw_anything_else_calibrates(system):
+    assert system.normalise(torch.zeros(2, 8), arithmetic="real").eq(0).all()
+    assert 0 < nexus.norm_factor(0.0, 0.0) < float("inf")
+
+
+def test_a_real_inverse_root_in_float64_has_the_error_of_its_polynomial_only():
+    v = torch.logspace(-100, 100, 1001, dtype=torch.float64)
+    error = (bumblebee.rsqrt(v, "real") * v.sqrt() - 1).abs()
+    assert error.isfinite().all() and error.max() < 8.3e-5
+    scaled = bumblebee.rsqrt(v * 2.0**-20, "real") * 2.0**-10
+    assert torch.allclose(scaled, bumblebee.rsqrt(v, "real"), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize(("fraction_bits", "value"), [(12, 12000.0), (12, 16000.0), (16, 3000.0), (12, 90.0)])
+def test_the_mean_square_of_few_channels_is_the_rings_own(fraction_bits, value):
+    """Against integers of any size: the product by 1/n needs more bits than int64 has."""
+    encoded, channels = round(value * 2**fraction_bits), 64
+    total = channels * ((encoded * encoded) >> fraction_bits)
+    half, modulus = 2**47, 2**48
+    wrapped = (total + half) % modulus - half
+    expected = (wrapped * (2**24 // channels)) >> 24
+    assert int(fixed_point.mean_of(torch.tensor(wrapped), channels)) == expected
+    mean = torch.tensor([expected]).clamp(min=0)
+    root = fixed_point.rsqrt_integers(mean, fraction_bits, 48)
+    ours = iron.normalise(torch.full((1, channels), value), fraction_bits=fraction_bits, ring_bits=48)
+    result = fixed_point.multiply(torch.tensor([encoded]), root, fraction_bits, 48)
+    assert float(ours[0, 0]) == int(result) / 2**fraction_bits
+
+
+def test_scores_across_the_edge_of_the_ring_differ_by_little():
+    """The difference to the largest is taken in the ring: on either side of its edge two scores are still near."""
+    scores = torch.tensor([[2.0**24 + 1, 2.0**24 - 1]], dtype=torch.float64)
+    visible = torch.ones(1, 2, dtype=torch.bool)
+    inside = iron.softmax(scores - 2.0**24, visible, ring_bits=37)
+    assert torch.equal(iron.softmax(scores, visible, ring_bits=37), inside)
+
+
 @pytest.mark.parametrize(("system", "name", "tolerance"), [
     (iron, "silu", 2e-7), (iron, "gelu", 6e-7), (nexus, "silu", 1e-5), (nexus, "gelu", 3e-6),
 ])  # fmt: skip

@@ -377,6 +377,14 @@ def test_cats_zeroes_the_input_of_down_wherever_it_zeroes_the_activation() -> No
     assert (seen["mlp_mid"][removed] == 0).all()
 
 
+@pytest.mark.parametrize("value", [0.0, -0.5])
+@pytest.mark.parametrize("others", [0, 10])
+def test_cats_threshold_of_equal_values_is_their_magnitude(value: float, others: int) -> None:
+    """A dead layer, or one whose values nearly all are one number, has no inner bin to spread counts in."""
+    values = torch.cat([torch.full((5000,), value), torch.linspace(-3, 3, others)])
+    assert float(cats.threshold(*teal.histogram(values), 0.5)) == abs(value)
+
+
 def test_settings_are_checked() -> None:
     assert Teal().sites == ("attn_in.q", "attn_in.k", "attn_in.v", "attn_out", "mlp_in.gate", "mlp_in.up", "mlp_mid")
     assert Teal(thresholds="paper").sites == ("mlp_in.gate", "mlp_in.up", "mlp_mid")
@@ -388,6 +396,9 @@ def test_settings_are_checked() -> None:
             make(name, **wrong)
     with pytest.raises(ValueError, match="paper"):
         Teal(allocation="greedy", thresholds="paper")
+    Teal(allocation="greedy", sparsity=0.9)
+    with pytest.raises(ValueError, match=r"greedy sparsity=0\.95 .* at most 0\.9"):
+        Teal(allocation="greedy", sparsity=0.95)
     with pytest.raises(ValueError, match=r"cats: sparsity=-0\.5"):
         Cats(sparsity=-0.5)
     for technique, site in ((Teal(), "mlp_mid"), (Cats(), "act")):
