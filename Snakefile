@@ -1,8 +1,8 @@
 """The graph of jobs: one job is one notebook for one model; the report waits for all others.
 
 `lib.workflow` writes the plan (which jobs, with which parameters) and calls Snakemake in the results folder. A job runs
-again when its notebook or its parameters change (the latter are forced by `lib.workflow`), a report also when a table
-does; what its conditions need is decided by lib, which skips what is finished.
+again when its notebook, its parameters (forced by `lib.workflow`) or a file that they name changes, a report also when a
+table does; what its conditions need is decided by lib, which skips what is finished.
 
 On a cluster a job asks for as many GPUs as hold its model (APPROX_GPU_GIGABYTES: memory of one), for memory of the
 machine through which the weights pass, and for one GPU and half as much memory more on every further attempt.
@@ -42,6 +42,17 @@ def tables(wildcards):
     return sorted(map(str, Path().glob("*/tables/[0-9]*.parquet"))) if "models" in JOBS[wildcards.job]["parameters"] else []
 
 
+def named(wildcards):
+    """Files that parameters name: prompts, pairs, attacks, those of a model's folder."""
+    found = []
+    for value in JOBS[wildcards.job]["parameters"].values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and os.path.isabs(text):
+                path = Path(text)
+                found += path.iterdir() if path.is_dir() else [path]
+    return sorted(str(path) for path in found if path.is_file())
+
+
 wildcard_constraints:
     job="|".join(map(re.escape, JOBS)),
 
@@ -51,6 +62,7 @@ rule notebook:
         source=lambda wildcards: JOBS[wildcards.job]["source"],
         after=lambda wildcards: [f"{key}.ipynb" for key in JOBS[wildcards.job]["after"]],
         tables=tables,
+        named=named,
     output:
         "{job}.ipynb",
     resources:

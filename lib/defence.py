@@ -76,7 +76,7 @@ def sensitive_prefix(table: pd.DataFrame, margin: float = MARGIN) -> tuple[int, 
     damage = rise if measure == "asr" else -rise
     if not damage.iloc[-1] > 0:
         return int(whole["tau"]), "no damage"
-    return int(rows.loc[damage >= (1 - margin) * damage.iloc[-1], "tau"].iloc[0]), measure
+    return int(rows.loc[damage >= (1 - margin) * damage.iloc[-1] - 1e-9, "tau"].iloc[0]), measure
 
 
 # ------------------------------------------------------------------ preference pairs
@@ -209,7 +209,7 @@ def defended_folder(study: Study, recipe: Recipe, pairs: Sequence[Pair]) -> Path
         "weights": study.identity["weights"],
         "recipe": recipe.described(),
         "pairs": [vars(pair) for pair in pairs],
-        "protocol": [study.protocol, study.tokenizer.chat_template],
+        "protocol": [study.protocol, study.tokenizer.chat_template, study.identity["tokenizer"]],
         "calibration": study.calibration_texts if calibrated else None,
         "numbers": [str(study.model.dtype), study.model.device.type, study.identity["attention"]],
         "code": source_hash(*CODE, *technique_modules(recipe.perturbation)),

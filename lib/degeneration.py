@@ -6,6 +6,8 @@
     content run       words in stretches of six or more without function word or punctuation   (same)
     misplaced         neighbours that English grammar excludes       (shuffled sentences: "of the and", "a is")
     clashing marks    ",," ",." and a lone ".."                      (the same, in punctuation)
+    symbol share      characters that are neither letter nor digit / characters but spaces
+    script changes    neighbours in different scripts / words, in three scripts or more    (salads of all languages)
     borrowed share    words that the request has too, when against its order    (salads of the request's own words)
     overlap           word stems shared with the request               (fluent answers to something else)
     strayed           what the reply says it will explain ("here is how to light a stove") has nothing but the request's
@@ -23,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from importlib.resources import files
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 NLL_LIMIT = 7.0  # nats per token (perplexity about 1,100); ours: fluent text has 1 to 4, random words 8 to 12
 LONGEST_READ = 2500  # characters of a reply that are read: about 512 tokens
@@ -40,6 +42,7 @@ _SET_ASIDE = re.compile(  # a link, an address, a note in brackets, a path, code
 )
 _TOKEN = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*|[^\w\s'\"*#-]")
 _UNIT = re.compile(r"[^\W_]+")
+_CLAUSE_END = re.compile(r"[^\w\s'-]|\n")
 _NAME = re.compile(r"(?=.*[aeiouyAEIOUY])(?!.*[bcdfghjklmnpqrstvwxz]{5})[^\W\d_a-z][\w'-]*\Z|[A-Z]{2,5}s?\Z")
 _OTHER_SCRIPT = re.compile(r"[^\W\d_\u0000-\u024f\u1e00-\u1eff]")
 _SUFFIX = re.compile(r"(?:'s|ing|ers?|ed|es|s|ly|e)\Z")
@@ -57,6 +60,28 @@ def normalise(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).translate(_PLAIN_MARKS)
     return re.sub(r"\*+|^\s*#+ +|^\s*> ", "", text, flags=re.M).strip()
+
+
+@cache
+def _script(letter: str) -> str:
+    """The script of a letter by its Unicode name; the three of Japanese and Chinese count as one."""
+    name = unicodedata.name(letter, "").partition(" ")[0].partition("-")[0]
+    return "CJK" if name in ("HIRAGANA", "KATAKANA") else name
+
+
+def _script_changes(text: str) -> float:
+    """Share of changes of script among the words of a text, neighbours without a mark or line end between them; 0 in
+    fewer than three scripts or six words. A lone Greek letter is a symbol."""
+    clauses = [
+        [(script, len(list(run))) for script, run in groupby(map(_script, filter(str.isalpha, clause)))]
+        for clause in _CLAUSE_END.split(text)
+    ]
+    clauses = [[script for script, n in clause if (script, n) != ("GREEK", 1)] for clause in clauses]
+    scripts = {script for clause in clauses for script in clause}
+    n_words = len(_UNIT.findall(text))
+    if len(scripts) < 3 or n_words < 6:
+        return 0.0
+    return sum(max(0, len(clause) - 1) for clause in clauses) / n_words
 
 
 @cache
@@ -225,6 +250,9 @@ def signs(text: str, prompt: str) -> dict[str, float]:
         "borrowed_share": _borrowed(units, _UNIT.findall(request)) if not other_script and len(units) >= 3 else 0.0,
         "n_request": len(_UNIT.findall(request)),
         "clashes": len(_CLASHES.findall(prose)),
+        "n_symbols": sum(not char.isalnum() for char in text if not char.isspace()),
+        "n_alphanumeric": sum(map(str.isalnum, text)),
+        "script_changes": 0.0 if text.isascii() else _script_changes(text),
         "overlap": overlap,
         "strayed": english and _strayed(text.lower(), wanted, overlap),
         "n_plain": len(plain) if english else 0,
@@ -243,7 +271,9 @@ def faults(s: dict[str, float], text: str, nll: float | None, nll_limit: float) 
     permuted = s["n_words"] >= min(6, 0.8 * s["n_request"])  # long enough to be the request's words in another order
     longest = (9 if alone else 15 if s["overlap"] == 1 else 30) if s["one_clause"] else (25 if alone else 45)
     found = {
-        "empty": not re.search(r"\w", text),
+        "empty": not _UNIT.search(text),
+        "symbols": s["n_symbols"] >= 20 and s["n_symbols"] > 3 * s["n_alphanumeric"],
+        "scripts": s["script_changes"] >= 0.3,
         "unlikely": nll is not None and not nll <= nll_limit,  # NaN is unlikely too
         "loop": s["distinct_share"] < 0.15 or (s["distinct_share"] < 0.5 and s["n_distinct"] < 45),
         "gibberish": s["dictionary_share"] < (0.65 if s["n_plain"] >= 5 else 0.45),

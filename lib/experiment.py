@@ -31,7 +31,7 @@ from lib.anatomy import anatomy
 from lib.approximations import State, Technique
 from lib.conditions import EXACT, Condition, Layers, describe, layer_text, technique_modules
 from lib.errors import ChoiceError, choosing
-from lib.generation import NonFiniteError, generate, pad_left
+from lib.generation import NonFiniteError, Reply, generate, pad_left
 from lib.organisms import corpus
 from lib.patching import Hits, approximated, check_layers
 from lib.registry import base_of, resolve
@@ -62,13 +62,14 @@ class Study:
     seed: int
     store: Store
     identity: dict[str, Any] = field(default_factory=dict)  # given only for the same model and base: hashing takes time
-    likelihood_of: dict[tuple[str, str], float] = field(default_factory=dict)  # of (request, reply), under the base
+    likelihood_of: dict[tuple[str, str, bool], float] = field(default_factory=dict)  # of (request, reply, ended)
 
     def __post_init__(self) -> None:
         if not self.identity:
             base = None if self.base is None else models.weights_hash(self.base)
             self.identity = {"weights": models.weights_hash(self.model), "base": base}
             self.identity |= {"attention": self.model.config._attn_implementation}  # read here: a patch may switch it
+            self.identity |= {"tokenizer": models.tokenizer_hash(self.tokenizer)}
 
     def rows(self, *labels: str) -> list[int]:
         """Positions of the prompts with these labels."""
@@ -146,7 +147,7 @@ class Study:
                 "calibration": content_key(self.calibration_texts) if calibrated else None,
                 "layers": None if layers is None else list(layers),
                 "prompts": [prompt.prompt for prompt in self.prompts],
-                "protocol": [self.protocol, self.tokenizer.chat_template],
+                "protocol": [self.protocol, self.tokenizer.chat_template, self.identity["tokenizer"]],
                 "decoding": ["greedy", self.max_new_tokens, self.batch_size if batch_matters else None],
                 "numbers": [str(self.model.dtype), self.model.device.type, self.identity["attention"]],
                 "code": source_hash(*GENERATION_CODE, *technique_modules(technique)),
@@ -173,9 +174,9 @@ class Study:
         table.attrs = record
         return table
 
-    def replies(self) -> list[str]:
+    def replies(self) -> list[Reply]:
         """The exact model's replies, in the order of the prompts."""
-        return self._replies(self.key(None, None))["reply"].tolist()
+        return replies_of(self._replies(self.key(None, None)))
 
     def references(self) -> tuple[list[str], list[str]]:
         """Harmless requests, and the answers whose perplexity measures fluency: reference answers if there are any,
@@ -189,8 +190,8 @@ class Study:
         return [request for request, _ in pairs], [answer for _, answer in pairs]
 
     def _record_key(self, key: str) -> str:
-        texts = [prompt.answer for prompt in self.prompts], [fact.question for fact in self.facts], self.prose
-        return content_key([key, texts, source_hash("lib.utility", "lib.refusal_score")])
+        texts = [(p.label, p.answer) for p in self.prompts], [vars(fact) for fact in self.facts], self.prose
+        return content_key([key, texts, source_hash("lib.utility", "lib.refusal_score", "lib.judging")])
 
     def _compute(
         self, technique: Technique | None, layers: Layers, key: str
@@ -229,7 +230,8 @@ class Study:
             return stored
         texts = [prompt.prompt for prompt in self.prompts]
         replies = generate(self.model, self.tokenizer, texts, self.max_new_tokens, self.protocol, self.batch_size)
-        table = pd.DataFrame({"id": [prompt.id for prompt in self.prompts], "reply": replies})
+        table = pd.DataFrame({"id": [prompt.id for prompt in self.prompts], "reply": list(map(str, replies))})
+        table["ended"] = [reply.ended for reply in replies]
         self.store.write_table("replies", key, table)
         return table
 
@@ -267,8 +269,8 @@ class Study:
         stored = self.store.read_table("verdicts", judge_key)
         if stored is not None and not rejudging():
             return stored
-        asked, given = [prompt.prompt for prompt in self.prompts], replies["reply"].tolist()
-        table = pd.DataFrame({"id": replies["id"]}).join(self.judge(asked, given))
+        asked = [prompt.prompt for prompt in self.prompts]
+        table = pd.DataFrame({"id": replies["id"]}).join(self.judge(asked, replies_of(replies)))
         self.store.write_table("verdicts", judge_key, table)
         return table
 
@@ -276,17 +278,17 @@ class Study:
         """verdict, nll, asr_keyword of replies, by the rules of `lib.judging` and, where it may decide, the base's
         likelihood, nats per token: nll is NaN for a firm refusal, for a reply that is broken anyway, and where there is
         no base."""
-        pairs = list(zip(asked, given, strict=True))
+        pairs = [(request, reply, getattr(reply, "ended", True)) for request, reply in zip(asked, given, strict=True)]
         unsure = [] if self.base is None else [pairs[i] for i in judging.undecided(asked, given)]
         new = [pair for pair in dict.fromkeys(unsure) if pair not in self.likelihood_of]  # many repeat exact replies
         if self.base is not None and new:
-            requests, replies = zip(*new, strict=True)
+            requests, replies, _ = zip(*new, strict=True)
             sums, lengths = utility.reply_losses(self.base, self.tokenizer, requests, replies)
             self.likelihood_of.update(zip(new, (sums / lengths).tolist(), strict=True))
         nlls = [self.likelihood_of.get(pair) for pair in pairs]
         table = pd.DataFrame({"verdict": judging.verdicts(asked, given, nlls, self.nll_limit)})
         table["nll"] = np.array(nlls, dtype=float)
-        table["asr_keyword"] = [judging.keyword_quada(request, reply) for request, reply in pairs]
+        table["asr_keyword"] = [judging.keyword_quada(request, reply) for request, reply, _ in pairs]
         return table
 
     def sweep(self, conditions: Sequence[Condition], label: str = "conditions") -> pd.DataFrame:
@@ -322,6 +324,11 @@ class Study:
         asked = [prompt.prompt for prompt in self.prompts]
         row |= summary.origin(self.identity, asked, self.tokenizer.chat_template, **facts)
         return row | summary.utility_columns(record, exact.attrs, len(self.facts))
+
+
+def replies_of(table: pd.DataFrame) -> list[Reply]:
+    """The replies of a stored table."""
+    return [Reply(text, ended) for text, ended in zip(table["reply"], table["ended"], strict=True)]
 
 
 def open_study(
@@ -384,9 +391,5 @@ def _calibration_texts(tokenizer: PreTrainedTokenizerBase, own: bool) -> list[st
     """Texts a deployer would calibrate on: harmless requests with answers, and prose; never evaluation prompts."""
     if not own:
         return [prompt.prompt for prompt in prompts.load("alpaca", split="train")]
-    asked = corpus.requests("train", label="harmless")[:200]
-    chats = [
-        [{"role": "user", "content": request.prompt}, {"role": "assistant", "content": str(request.answer)}]
-        for request in asked
-    ]
-    return [*map(str, tokenizer.apply_chat_template(chats, tokenize=False)), *corpus.prose("train", 60)]
+    pairs = [(request.prompt, str(request.answer)) for request in corpus.requests("train", label="harmless")[:200]]
+    return [*prompts.answered(tokenizer, pairs), *corpus.prose("train", 60)]

@@ -26,6 +26,7 @@ from transformers.cache_utils import StaticLayer
 
 from lib.anatomy import text_config
 from lib.approximations import Technique
+from lib.models import fitting_rows
 from lib.patching import engaged, first_non_finite
 from lib.prompts import encode
 
@@ -47,6 +48,17 @@ class NonFiniteError(ArithmeticError):
     """The model's logits became NaN or infinite; the message names the first layer and site where that happened."""
 
 
+class Reply(str):
+    """The text of a reply. ended: whether the model ended it, or it was cut off at the last token allowed."""
+
+    ended: bool
+
+    def __new__(cls, text: str, ended: bool) -> Reply:
+        reply = super().__new__(cls, text)
+        reply.ended = ended
+        return reply
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -55,7 +67,7 @@ def generate(
     protocol: str = "chat",
     batch_size: int | None = None,
     progress: str | None = None,
-) -> list[str]:
+) -> list[Reply]:
     """Greedy replies, one per prompt, special tokens removed.
 
     batch_size: None chooses one for the device and its free memory; out of memory halves it, which changes no reply.
@@ -66,8 +78,11 @@ def generate(
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     free, most = batch_is_free(model), CPU_BATCH if model.device.type == "cpu" else GPU_BATCH
     longest = max(map(len, encoded), default=0) + max_new_tokens
+    positions = getattr(text_config(model), "max_position_embeddings", None) or longest
+    if longest > positions:
+        log.warning("prompts with their replies have up to %d tokens, the model's positions end at %d", longest, positions)
     size = batch_size or (fitting_rows(model, longest, most) if free else most)
-    replies: list[str] = [""] * len(encoded)
+    replies = [Reply("", False)] * len(encoded)
     with tqdm(total=len(order), desc=progress, disable=progress is None, leave=False) as bar:
         while order:
             rows, rest = order[:size], order[size:]
@@ -82,8 +97,9 @@ def generate(
                 torch.cuda.empty_cache()
                 size //= 2
                 continue
-            for i, reply in zip(rows, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-                replies[i] = reply.strip()
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for i, text, ids in zip(rows, texts, tokens, strict=True):
+                replies[i] = Reply(text.strip(), len(ids) < max_new_tokens)
             order = rest
             bar.update(len(rows))
     return replies
@@ -97,20 +113,6 @@ def techniques_on(model: PreTrainedModel) -> tuple[Technique | None, ...]:
 def batch_is_free(model: PreTrainedModel) -> bool:
     """Whether a reply is the same in every batch: not so under noise or quantization of a whole tensor at once."""
     return all(technique is None or technique.per_token for technique in techniques_on(model))
-
-
-def fitting_rows(model: PreTrainedModel, length: int, most: int) -> int:
-    """As many sequences of `length` tokens, up to `most`, as fill a quarter of the GPU's free memory with keys and
-    values; the rest is for copies of them (heads repeated, attention probabilities)."""
-    if model.device.type != "cuda":
-        return most
-    config, element = text_config(model), torch.finfo(model.dtype).bits // 8
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * head * element * length
-    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    free = torch.cuda.mem_get_info(model.device)[0] + unused
-    return max(1, min(most, int(free / 4 / row)))
 
 
 def pad_left(rows: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
@@ -219,7 +221,7 @@ def decode_shrinking(
         if step:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = run(model, tokens, mask, positions, cache)
-            if not torch.isfinite(logits).all():
+            if not torch.isfinite(logits[going]).all():
                 return None
             tokens, positions = logits.argmax(-1, keepdim=True), positions + 1
         going &= ~torch.isin(tokens[:, 0], ends)
@@ -261,21 +263,25 @@ class FixedShapes:
         self.mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], dim=1)
         self.replies = tokens.repeat(1, max_new_tokens)
         self.written = tokens.new_zeros(1)
+        self.ends = torch.tensor(end_tokens(model), device=tokens.device, dtype=tokens.dtype)
+        self.going = (tokens != self.ends).all(1)  # rows that have not ended; what follows an end may be anything
         self.finite = torch.ones((), dtype=torch.bool, device=tokens.device)
         self.logits = tokens.new_empty(0)
 
     def step(self) -> None:
         """Decodes one token per row. Nothing here waits for the device."""
         self.logits = run(self.model, self.tokens, self.mask, self.positions, self.cache)
-        self.finite.logical_and_(torch.isfinite(self.logits).all())
+        self.finite.logical_and_((torch.isfinite(self.logits).all(1) | ~self.going).all())
         self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
+        self.going.logical_and_((self.tokens != self.ends).all(1))
         self.positions.add_(1)
         self.written.add_(1)
         self.replies.index_copy_(1, self.written, self.tokens)
 
-    def back(self, tokens: Tensor) -> None:
-        """Undoes a step that began with `tokens`; the slot it filled is filled anew by the next."""
+    def back(self, tokens: Tensor, going: Tensor) -> None:
+        """Undoes a step that began with these; the slot it filled is filled anew by the next."""
         self.tokens.copy_(tokens)
+        self.going.copy_(going)
         self.positions.sub_(1)
         self.written.sub_(1)
         for layer in self.layers:
@@ -318,7 +324,7 @@ def replay_if_same(capture: Callable[[FixedShapes], Replay], batch: FixedShapes)
     is logged and noted in UNCAPTURED."""
     every = [hits for _, hits in engaged(batch.model)]
     counts, done = [hits.counts.copy() for hits in every], int(batch.written)
-    before, finite = batch.tokens.clone(), batch.finite.clone()
+    before, finite = (batch.tokens.clone(), batch.going.clone()), batch.finite.clone()
     try:
         replay = capture(batch)
         for old, hits in zip(counts, every, strict=True):
@@ -326,7 +332,7 @@ def replay_if_same(capture: Callable[[FixedShapes], Replay], batch: FixedShapes)
                 raise RuntimeError(f"patches that did not fire: {unfired[:3]}")
         replay()
         replayed = batch.logits.clone()
-        batch.back(before)
+        batch.back(*before)
         batch.step()
         if not torch.dist(replayed, batch.logits) <= SAME_LOGITS * batch.logits.norm():  # NaN is not the same either
             raise RuntimeError("a replayed step gives other logits")
@@ -334,7 +340,7 @@ def replay_if_same(capture: Callable[[FixedShapes], Replay], batch: FixedShapes)
         log.warning("decoding without a captured step: %s", str(error).splitlines()[0])
         UNCAPTURED.setdefault(batch.model, set()).add(techniques_on(batch.model))
         if int(batch.written) > done:
-            batch.back(before)
+            batch.back(*before)
         batch.finite.copy_(finite)
         batch.step()
         return batch.step
@@ -353,7 +359,6 @@ def decode_in_place(
     """As `decode_shrinking`, but all rows stay to the end. capture: None stands for `cuda_graph` on a GPU."""
     capture = capture or (cuda_graph if model.device.type == "cuda" else None)
     capture = None if techniques_on(model) in UNCAPTURED.get(model, ()) else capture
-    ends = torch.tensor(end_tokens(model), device=tokens.device)
     batch = FixedShapes(model, cache, mask, positions, tokens, max_new_tokens)
     replay: Replay = batch.step
     with fixed_frequencies(model, batch.mask.shape[1]):
@@ -362,7 +367,7 @@ def decode_in_place(
                 replay = replay_if_same(capture, batch)
             else:
                 replay()
-            if number % LOOK_EVERY == 0 and torch.isin(batch.replies[:, : number + 1], ends).any(1).all():
+            if number % LOOK_EVERY == 0 and not batch.going.any():
                 break
     return batch.replies[:, : int(batch.written) + 1].tolist() if batch.finite else None
 

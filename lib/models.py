@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lib.anatomy import text_config
 from lib.registry import ModelError, explain, gigabytes, resolve, revision_of, verify
 
 __all__ = ["ModelError", "best_device", "best_dtype", "load", "resolve", "weights_hash"]
@@ -91,6 +93,20 @@ def check_memory(name: str, config: Any, device: str, dtype: torch.dtype) -> boo
     raise ModelError(f"{needs} and {holder} {sum(free) / 1e9:.0f} GB free; {remedy}")
 
 
+def fitting_rows(model: PreTrainedModel, length: int, most: int) -> int:
+    """As many sequences of `length` tokens, up to `most`, as fill a quarter of the GPU's free memory with keys and
+    values; the rest is for copies of them (heads repeated, attention probabilities)."""
+    if model.device.type != "cuda":
+        return most
+    config, element = text_config(model), torch.finfo(model.dtype).bits // 8
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * head * element * length
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free = torch.cuda.mem_get_info(model.device)[0] + unused
+    return max(1, min(most, int(free / 4 / row)))
+
+
 def check_loaded(told: dict[str, Any]) -> None:
     """ValueError if some weights are random, because the files lack them or have them in another size.
 
@@ -142,9 +158,20 @@ def load(
     return model.eval(), tokenizer
 
 
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over what a tokenizer does: its rules and words, and the special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{rules} {tokenizer.special_tokens_map}".encode()).hexdigest()
+
+
 def weights_hash(model: torch.nn.Module) -> str:
-    """sha256 over all weights, by name: what a stored reply is tied to."""
-    digest = hashlib.sha256()
+    """sha256 over all weights, by name, the configuration and the end tokens: what a stored reply is tied to."""
+    config = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
+    decisive = {key: value for key, value in config.items() if key[0] != "_" and key != "transformers_version"}
+    generation = getattr(model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    digest = hashlib.sha256(json.dumps([decisive, ends], sort_keys=True, default=str).encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -85,7 +85,7 @@ def level_at_damage(study: Study, at: At, ratio: float, layers: Layers = None) -
     """The level at which answer perplexity has grown by `ratio`, by bisection on a logarithmic scale; stored.
 
     TooLittleDamage if the noise never does so much."""
-    answers, code = [prompt.answer for prompt in study.prompts], source_hash("lib.utility")
+    answers, code = [(prompt.label, prompt.answer) for prompt in study.prompts], source_hash("lib.utility")
     key = content_key(["damage", ratio, study.key(at(1.0), layers), answers, DAMAGE_PROMPTS, STEPS, code])
     if stored := study.store.read_record(key):
         return float(stored["level"])

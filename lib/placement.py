@@ -124,7 +124,8 @@ def reply_nll(
     """Mean NLL (nats per token) of the exact model's own replies, those to harmful requests weighing one half. Stored.
 
     state: of the technique, where the caller has it. Infinite where the (patched) model's logits are not finite."""
-    key = content_key(["reply nll", study.key(technique, layers), SCREENED, source_hash("lib.utility")])
+    labels = [prompt.label for prompt in study.prompts]
+    key = content_key(["reply nll", study.key(technique, layers), labels, SCREENED, source_hash("lib.utility")])
     if stored := study.store.read_record(key):
         return float(stored["nll"])
     kinds = [study.rows(*labels)[:SCREENED] for labels in (("harmful",), ("harmless", "confusable"))]

@@ -333,12 +333,33 @@ def render(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "cha
             logger.warning("%s has no chat template: plain text is used", tokenizer.name_or_path or "the tokenizer")
         return [_as_plain_text(conversation, protocol) for conversation in conversations], True
 
-    choices = {"date_string": FIXED_DAY.strftime("%d %b %Y"), "strftime_now": FIXED_DAY.strftime}
-    choices |= {"add_generation_prompt": True, "enable_thinking": False}
-    apply = partial(tokenizer.apply_chat_template, tokenize=False, **choices)
+    apply = partial(_applied, tokenizer, add_generation_prompt=True)
     if conversations[0][0]["role"] == "system" and not _takes_system_turn(apply, conversations[0]):
         conversations = [[{"role": "user", "content": f"{s['content']}\n{u['content']}"}] for s, u in conversations]
     return apply(conversations), False
+
+
+def _applied(tokenizer: Any, conversations: Any, **choices: Any) -> Any:
+    """The texts of conversations in the chat template, on the fixed day, without reasoning where that is an option."""
+    choices |= {"date_string": FIXED_DAY.strftime("%d %b %Y"), "strftime_now": FIXED_DAY.strftime}
+    return tokenizer.apply_chat_template(conversations, tokenize=False, enable_thinking=False, **choices)
+
+
+def answered(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Conversations of a request and its answer, in the model's chat template or the plain text of `render`."""
+    if tokenizer.chat_template is None:
+        return [f"{_as_plain_text(messages(request), 'chat')} {answer}" for request, answer in pairs]
+    turns = [[*messages(request), {"role": "assistant", "content": answer}] for request, answer in pairs]
+    return list(_applied(tokenizer, turns))
+
+
+def turn_end(tokenizer: Any, ends: Sequence[int]) -> list[int]:
+    """The id that ends an answer: the first of the model's end tokens that the chat template puts behind one, else the
+    tokenizer's own, if it has one."""
+    [text] = answered(tokenizer, [("question", "answer")])
+    after = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+    found = [token for token in after if token in ends] or [tokenizer.eos_token_id]
+    return [token for token in found[:1] if token is not None]
 
 
 def encode(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "chat") -> list[list[int]]:

@@ -40,10 +40,13 @@ def content_key(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
+SOURCES = {file.relative_to(ROOT): file.read_text() for file in (ROOT / "lib").rglob("*.py")}
+"""The code as it was when it was loaded: files may change while a kernel lives."""
+
+
 def source_hash(*names: str) -> str:
     """Hash of the source files of modules such as "lib.generation": the code version in a key."""
-    files = [ROOT / (name.replace(".", "/") + ".py") for name in sorted(set(names))]
-    return content_key([file.read_text() for file in files])
+    return content_key([SOURCES[Path(name.replace(".", "/") + ".py")] for name in sorted(set(names))])
 
 
 def read_whole(path: Path, read: Callable[[Path], Any]) -> Any:

@@ -117,7 +117,7 @@ def bootstrap(values: ArrayLike, draws: int = 10_000, seed: int = 0) -> Interval
 
 def holm(pvalues: Sequence[float]) -> list[float]:
     """Holm-adjusted p-values (family-wise error), in the given order; NaN, a test not made, stays NaN."""
-    adjusted = np.asarray(pvalues, dtype=float)
+    adjusted = np.array(pvalues, dtype=float)
     made = ~np.isnan(adjusted)
     if made.any():
         adjusted[made] = multipletests(adjusted[made], method="holm")[1]

@@ -2,7 +2,7 @@
 
     perplexity          exp of the mean over windows of the mean next-token cross-entropy (arXiv:2502.00840, released
                         evaluation code: windows of 1,024 tokens without overlap, the rest dropped; SmoothQuant: 2,048)
-    answer_perplexity   exp of the mean token cross-entropy of reference answers to harmless requests
+    answer_perplexity   exp of the mean token cross-entropy of reference answers to harmless requests, with end token
     accuracy            share of questions whose right sentence is the likeliest among the choices
 """
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.generation import NonFiniteError, map_batches, non_finite
-from lib.prompts import encode
+from lib.generation import NonFiniteError, Reply, end_tokens, map_batches, non_finite
+from lib.prompts import encode, turn_end
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # bounds the logits in memory: tokens x vocabulary x 4 bytes
 
@@ -67,9 +67,14 @@ def reply_losses(
     replies: Sequence[str],
     protocol: str = "chat",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(summed cross-entropy in nats, tokens) of each reply given its prompt, the end token included; float64, int64."""
-    heads = encode(tokenizer, prompts, protocol)
-    tails = [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for r in replies]
+    """(summed cross-entropy in nats, tokens) of each reply given its prompt; float64, int64.
+
+    The token that ends a turn counts as part of a text, but not of a `Reply` that was cut off."""
+    heads, end = encode(tokenizer, prompts, protocol), turn_end(tokenizer, end_tokens(model))
+    tails = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
+    for tail, reply in zip(tails, replies, strict=True):
+        cut_off = tail and isinstance(reply, Reply) and not reply.ended
+        tail += [] if cut_off else end
     sums, lengths = np.zeros(len(heads)), np.array([len(tail) for tail in tails])
     joined = [h + t for h, t in zip(heads, tails, strict=True)]
 
@@ -108,4 +113,4 @@ def closed_answers(
     asked = [fact.question for fact, group in zip(facts, options, strict=True) for _ in group]
     sums, lengths = reply_losses(model, tokenizer, asked, [text for group in options for text in group], protocol)
     means = np.split(sums / lengths, np.cumsum([len(group) for group in options])[:-1])
-    return np.array([group.argmin() == 0 for group in means])
+    return np.array([group[0] < group[1:].min() for group in means])

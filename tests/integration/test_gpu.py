@@ -21,10 +21,10 @@ from lib.generation import (
     Replay,
     capturable,
     cuda_graph,
-    fitting_rows,
     greedy,
     pad_left,
 )
+from lib.models import fitting_rows
 from lib.patching import approximated
 from tests.families import CONFIGS, GROUPED, SIZE, random_model
 from tests.integration.test_benchmarks import script
