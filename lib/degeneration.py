@@ -72,16 +72,13 @@ def _script(letter: str) -> str:
 def _script_changes(text: str) -> float:
     """Share of changes of script among the words of a text, neighbours without a mark or line end between them; 0 in
     fewer than three scripts or six words. A lone Greek letter is a symbol."""
-    clauses = [
-        [(script, len(list(run))) for script, run in groupby(map(_script, filter(str.isalpha, clause)))]
-        for clause in _CLAUSE_END.split(text)
-    ]
-    clauses = [[script for script, n in clause if (script, n) != ("GREEK", 1)] for clause in clauses]
-    scripts = {script for clause in clauses for script in clause}
-    n_words = len(_UNIT.findall(text))
-    if len(scripts) < 3 or n_words < 6:
-        return 0.0
-    return sum(max(0, len(clause) - 1) for clause in clauses) / n_words
+    changes, scripts, n_words = 0, set(), len(_UNIT.findall(text))
+    for clause in _CLAUSE_END.split(text):
+        runs = [(script, len(list(run))) for script, run in groupby(map(_script, filter(str.isalpha, clause)))]
+        kept = [script for script, length in runs if (script, length) != ("GREEK", 1)]
+        changes += max(0, len(kept) - 1)
+        scripts |= set(kept)
+    return changes / n_words if len(scripts) >= 3 and n_words >= 6 else 0.0
 
 
 @cache

@@ -80,7 +80,7 @@ def generate(
     longest = max(map(len, encoded), default=0) + max_new_tokens
     positions = getattr(text_config(model), "max_position_embeddings", None) or longest
     if longest > positions:
-        log.warning("prompts with their replies have up to %d tokens, the model's positions end at %d", longest, positions)
+        log.warning("prompts and replies have up to %d tokens, the model has %d positions", longest, positions)
     size = batch_size or (fitting_rows(model, longest, most) if free else most)
     replies = [Reply("", False)] * len(encoded)
     with tqdm(total=len(order), desc=progress, disable=progress is None, leave=False) as bar:
