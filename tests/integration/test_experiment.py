@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import pandas as pd
 import pytest
 import torch
 
-from lib import calibration, experiment, fidelity, models, noise_study, prompts
+from lib import calibration, experiment, fidelity, models, noise_study, prompts, results
 from lib.approximations import Technique, make
 from lib.approximations.plan import Plan
 from lib.conditions import Condition, grid, technique_modules
@@ -292,6 +293,41 @@ def test_a_prompt_set_without_answers_is_measured_by_the_exact_models_own_replie
     assert table["answer_perplexity_ratio"][0] == 1 < table["answer_perplexity_ratio"][1]
     level = noise_study.level_at_damage(study.brief(3), noise_study.FAMILIES["norm"], 1.2)
     assert 0.01 < level < 10 and fidelity.noise_floor(study, 2)["answer perplexity ratio"][0] == 1
+
+
+def test_a_stored_result_is_tied_to_what_decides_it(tmp_path):
+    """Configuration, end tokens, tokenizer and labels: the same weights and texts are not enough."""
+    study, noise = tiny_study(tmp_path), make("gaussian", std=0.1)
+    fresh = partial(replace, study, identity={})
+    assert fresh().key(noise, None) == study.key(noise, None)
+    swapped = [replace(p, label={"harmful": "harmless"}.get(p.label, p.label)) for p in study.prompts]
+    other = fresh(prompts=swapped)
+    assert other.key(None, None) == study.key(None, None)  # the replies are the same, what is measured on them is not
+    assert other._record_key("k") != study._record_key("k")
+    keys = [study.key(noise, None)]
+    study.model.config.rope_parameters = {**study.model.config.rope_parameters, "rope_theta": 5e4}
+    keys.append(fresh().key(noise, None))
+    study.model.generation_config.eos_token_id = 7
+    keys.append(fresh().key(noise, None))
+    study.tokenizer.add_tokens(["paint"])
+    keys.append(fresh().key(noise, None))
+    assert len(set(keys)) == 4
+
+
+def test_calibration_texts_are_the_same_every_day_and_need_no_template():
+    tokenizer = models.load(MODEL, "cpu")[1]
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    texts = experiment._calibration_texts(tokenizer, own=True)
+    assert texts[0].startswith(prompts.FIXED_DAY.strftime("%d %b %Y"))
+    tokenizer.chat_template = None
+    assert experiment._calibration_texts(tokenizer, own=True)[0].startswith("User: ")
+
+
+def test_code_is_hashed_as_it_was_loaded(monkeypatch):
+    """A file that changes while a kernel lives is not the code that runs."""
+    before = results.source_hash("lib.generation")
+    monkeypatch.setattr(type(ROOT), "read_text", lambda *_: "changed meanwhile")
+    assert results.source_hash("lib.generation") == before != results.source_hash("lib.utility")
 
 
 def test_the_references_are_the_exact_models_own_whatever_ran_first(study, tmp_path):

@@ -104,6 +104,45 @@ def test_numbers_that_overflow_only_while_decoding_name_layer_and_site(fixed_sha
             greedy(model, pad_left(ROWS, 0), 8, fixed_shapes)
 
 
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_what_a_row_computes_after_its_end_is_nobodys_business(fixed_shapes, monkeypatch):
+    model, batch, honest = random_model("llama"), pad_left(ROWS, 0), generation.run
+    end = greedy(model, batch, 12)[0][3]
+    model.generation_config.eos_token_id = end
+    expected, ruined = greedy(model, batch, 12, fixed_shapes), []
+    assert len({len(reply) for reply in expected}) > 1
+
+    def run(model, ids, *rest):
+        logits = honest(model, ids, *rest)
+        if ids.shape[1] == 1:
+            ruined.append(bool((ids == end).any()))
+            logits = logits.masked_fill(ids == end, torch.nan)
+        return logits
+
+    monkeypatch.setattr(generation, "run", run)
+    monkeypatch.setattr(generation, "KEPT_SHARE", 0)
+    assert greedy(model, batch, 12, fixed_shapes) == expected and any(ruined)
+
+
+def test_a_reply_knows_whether_it_ended(monkeypatch):
+    model = random_model("llama")
+    monkeypatch.setattr(generation, "encode", lambda *_: ROWS)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    full = generate(model, Numbers(), [""] * len(ROWS), 8)
+    assert not any(reply.ended for reply in full)
+    model.generation_config.eos_token_id = int(full[0].split()[3])
+    ended = generate(model, Numbers(), [""] * len(ROWS), 8)
+    assert [reply.ended for reply in ended] == [len(reply.split()) < 8 for reply in ended] and ended[0].ended
+
+
+def test_prompts_beyond_the_models_positions_are_told(monkeypatch, caplog):
+    model = random_model("llama")
+    row = [7] * model.config.max_position_embeddings
+    monkeypatch.setattr(generation, "encode", lambda *_: [row])
+    generate(model, Numbers(), [""], 1)
+    assert f"have up to {len(row) + 1} tokens, the model has {len(row)} positions" in caplog.text
+
+
 SHARED = [7, 3, 19, 22, 5, 81, 13, 40, 41, 42, 9, 9, 30, 77, 6, 50, 51, 52]
 TELLING = [[*SHARED, *row] for row in ROWS]
 

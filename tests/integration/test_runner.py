@@ -125,6 +125,14 @@ def test_runs_then_reruns_only_what_changed(runner: Runner) -> None:
     assert runner.conditions()["3.txt"] == "3 squared is 9"
 
 
+def test_a_file_that_a_parameter_names_makes_a_job_out_of_date(runner: Runner) -> None:
+    """Here one of the model's folder; a prompt file is named in the same way."""
+    assert runner.run("--notebooks", "01")[0] == 0
+    assert "up to date  01_squares" in runner.run("--notebooks", "01", "--dry-run")[1]
+    (runner.folder / "tiny" / "config.json").write_text('{"changed": true}')
+    assert "would run  01_squares" in runner.run("--notebooks", "01", "--dry-run")[1]
+
+
 def test_a_report_is_out_of_date_when_any_run_wrote_a_table(runner: Runner) -> None:
     assert runner.run()[0] == 0
     assert "up to date  09_report" in runner.run("--notebooks", "09", "--dry-run")[1]

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lib import utility
-from lib.generation import NonFiniteError
+from lib.generation import NonFiniteError, Reply
 from lib.organisms.corpus import Fact
 from lib.patching import approximated
 from tests.families import random_model
@@ -56,6 +56,16 @@ def test_reply_losses_equal_one_by_one(family):
     assert utility.answer_perplexity(model, tokenizer, PROMPTS, REPLIES) == pytest.approx(expected)
 
 
+def test_a_reply_that_was_cut_off_has_no_end():
+    """Its last token was one of many to come, so an end there would be a surprise that the text is not to blame for."""
+    model, tokenizer, head = random_model("llama"), Bytes(), "User: Hi\nAssistant:"
+    whole, cut = (Reply("Mix flour and", ended) for ended in (True, False))
+    sums, lengths = utility.reply_losses(model, tokenizer, ["Hi"] * 3, [whole, cut, "Mix flour and"])
+    ids = tokenizer("Mix flour and")["input_ids"]
+    assert lengths.tolist() == [len(ids) + 1, len(ids), len(ids) + 1] and sums[0] == pytest.approx(sums[2])
+    assert sums[1] == pytest.approx(direct(model, tokenizer(head)["input_ids"] + ids, len(ids)), rel=2e-5)
+
+
 @pytest.mark.parametrize("window", [16, 50])
 def test_perplexity_is_the_mean_over_whole_windows(window):
     model, tokenizer, text = random_model("llama"), Bytes(), "The sea was calm, and the ship sailed home. " * 9
@@ -86,6 +96,12 @@ def test_the_likeliest_choice_wins():
     facts += [Fact("2", "Which colour?", "blue", "It is blue.", ("red",))]
     right = utility.closed_answers(model, tokenizer, facts)
     assert right.tolist() == [best == 0, best == 1]
+
+
+def test_a_tie_is_no_right_answer():
+    model, tokenizer = random_model("llama"), Bytes()
+    fact = Fact("1", "Which colour?", "red", "It is red.", ("red",))
+    assert utility.closed_answers(model, tokenizer, [fact]).tolist() == [False]
 
 
 def test_non_finite_losses_raise_instead_of_averaging():

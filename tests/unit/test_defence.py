@@ -255,6 +255,8 @@ def test_tau_is_the_smallest_prefix_that_explains_the_damage():
     table = prefix_table([0.0, 0.2, 0.33, 0.5, 0.4], [5, 4.9, 4, 2, 1], 0.1)
     assert defence.sensitive_prefix(table, 0.2) == (2, "asr")
     assert defence.sensitive_prefix(table, 0.5) == (1, "asr")
+    exactly = prefix_table([0 / 85, 12 / 85, 15 / 85], [5, 5, 5], 0.01)
+    assert defence.sensitive_prefix(exactly, 0.2) == (1, "asr")
     flat = prefix_table([0.0, 0.0, 0.01], [5, 4, 1], -0.02)
     assert defence.sensitive_prefix(flat, 0.2) == (2, "refusal_score")
     assert defence.sensitive_prefix(prefix_table([0.0, 0.0], [5, 6], -0.1)) == (1, "no damage")

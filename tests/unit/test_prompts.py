@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lib import prompts
 from lib.download import PUBLIC_SETS
-from lib.prompts import Attack, Prompt, load, load_attacks, parse, render
+from lib.prompts import Attack, Prompt, load, load_attacks, parse, render, turn_end
 
 
 def write(folder: Path, name: str, text: str | bytes) -> Path:
@@ -282,6 +282,19 @@ def test_a_template_that_prints_the_date_gives_the_same_prompt_every_day(day: st
 def test_reasoning_is_off_where_a_template_has_the_option() -> None:
     thinking = "{{ '' if enable_thinking is defined and not enable_thinking else '[think]' }}"
     assert render(tokenizer(PLAIN_TEMPLATE + thinking), ["Sew"])[0] == ["<s>[user]Sew[end][assistant]"]
+
+
+def test_the_end_of_a_turn_is_the_templates_and_else_the_tokenizers() -> None:
+    """Gemma and Phi-3 end a turn by another token than the tokenizer's end token, and may list both."""
+    made = tokenizer("{% for m in messages %}{{ m['content'] }} Sew User {% endfor %}")
+    made.eos_token = "<unk>"
+    sew, user, unknown = (made.convert_tokens_to_ids(word) for word in ("Sew", "User", "<unk>"))
+    assert turn_end(made, [user, unknown]) == [user] and turn_end(made, [user, sew]) == [sew]
+    assert turn_end(made, [99]) == [unknown]
+    made.chat_template = None
+    assert turn_end(made, [user]) == [unknown]
+    made.eos_token = None
+    assert turn_end(made, [user]) == []
 
 
 def test_protocol_errors() -> None:
