@@ -1,6 +1,6 @@
 """Results on disk: named by what decides them, written atomically, never computed twice.
 
-    replies/<key>.parquet    id, reply                       key: weights, technique, setting, layers, prompts, ...
+    replies/<key>.parquet    id, reply, ended                key: weights, technique, setting, layers, prompts, ...
     verdicts/<key>.parquet   id, verdict, nll, asr_keyword   key: the replies' key, the judge's version, the base
     records/<key>.json       utility measures, provenance, times
 
