@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lib import summary
 from lib.approximations import Technique
-from lib.errors import PlainError, choosing
+from lib.errors import ChoiceError, PlainError, choosing
 from lib.experiment import Study
 from lib.generation import NonFiniteError, generate
 from lib.judging import JUDGE_VERSION
@@ -115,6 +115,22 @@ def compliant_opening(prompt: Prompt) -> str:
     return prompt.answer.split(". ")[0].removesuffix(".") + "." if prompt.answer else OPENING
 
 
+def check_gcg(n: int) -> None:
+    """ChoiceError for a number of requests below 0, PlainError for a search without nanogcg: told before hours pass."""
+    if n < 0:
+        raise ChoiceError(f"gcg cannot be {n}; give a number of harmful requests, 0 for no search")
+    if n:
+        _nanogcg()
+
+
+def _nanogcg() -> Any:
+    try:
+        import nanogcg
+    except ImportError as error:
+        raise PlainError("GCG needs nanogcg: pip install -r requirements.txt -r requirements-extra.txt") from error
+    return nanogcg
+
+
 def gcg_suffixes(
     study: Study, requests: Sequence[Prompt], steps: int = 50, width: int = 64, seed: int = 0
 ) -> dict[str, Attack]:
@@ -129,10 +145,7 @@ def gcg_suffixes(
     content = [study.identity["weights"], rendered, openings, steps, width, seed]
     path = study.store.folder / "attacks" / f"gcg-{content_key(content)}.jsonl"
     if not path.is_file():
-        try:
-            import nanogcg
-        except ImportError as error:
-            raise PlainError("GCG needs nanogcg: pip install -r requirements.txt -r requirements-extra.txt") from error
+        nanogcg = _nanogcg()
         config = nanogcg.GCGConfig(
             num_steps=steps, search_width=width, topk=64, optim_str_init=START, use_prefix_cache=False,
             seed=seed, verbosity="ERROR",

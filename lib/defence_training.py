@@ -68,7 +68,8 @@ class Recipe:
 
     perturbation: the technique in the policy's first layers, None for none; tau: their number, 0 for none.
     objective: "dpo", "sft" or "both". beta: of DPO. weight: of the regulariser (lambda). rank: of LoRA; 0 trains all
-    weights. batch: pairs per step. ChoiceError for another objective and for no steps.
+    weights. batch: pairs per step. ChoiceError for another objective, and for no steps,
+    a negative rank and a learning rate of 0 or below.
     """
 
     perturbation: Technique | None
@@ -87,6 +88,10 @@ class Recipe:
             raise ChoiceError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
         if self.steps < 1:
             raise ChoiceError(f"steps cannot be {self.steps}; give a whole number from 1")
+        if self.rank < 0:
+            raise ChoiceError(f"rank cannot be {self.rank}; give a whole number, 0 for all weights")
+        if not self.learning_rate > 0:
+            raise ChoiceError(f"learning_rate cannot be {self.learning_rate}; give a number above 0")
         if (self.perturbation is None) != (self.tau == 0):
             raise ValueError(f"tau {self.tau} with perturbation {self.perturbation}: give both, or neither")
 

@@ -79,8 +79,10 @@ class Study:
         """The same model for long sweeps: n harmful and n / 2 harmless requests, answer perplexity, nothing else.
 
         split None: the first of these prompts, else those of another split. ChoiceError if it has no harmful ones, or
-        if this study has opened every split.
+        if this study has opened every split, and for an n below 1.
         """
+        if n < 1:
+            raise ChoiceError(f"n_prompts cannot be {n}; give a whole number from 1")
         pool = self.prompts
         if split is not None:
             if self.split == "all":

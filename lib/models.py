@@ -116,6 +116,23 @@ def check_loaded(told: dict[str, Any]) -> None:
         raise ValueError(f"{len(random)} weights are not in its files or of another size, first {random[0]}")
 
 
+def check_stored(name: str, config: Any) -> None:
+    """ModelError for weights that are stored quantized: every approximation here is one of a 16-bit model."""
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
+        raise ModelError(f"{name}: its weights are stored quantized ({method}); give the 16-bit checkpoint")
+
+
+def _tokenizer(name: str, where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. ModelError for a folder without one that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:
+        if not Path(where).is_dir():
+            raise
+        raise ModelError(f"{name}: no tokenizer in {where} that can be read (tokenizer.json); copy it there") from error
+
+
 def load(
     name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -130,6 +147,8 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision_of(name)}
     try:
         config = AutoConfig.from_pretrained(where, **options)
+        check_stored(name, config)
+        tokenizer = _tokenizer(name, where, options)
         spread = check_memory(name, config, device, best_dtype(dtype, device))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
@@ -145,7 +164,6 @@ def load(
         )
         model, told = loaded
         check_loaded(told)
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
         if not hasattr(model, "hf_device_map"):
             model.to(device)
     except torch.OutOfMemoryError:

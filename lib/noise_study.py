@@ -63,7 +63,7 @@ def named(names: Sequence[str]) -> dict[str, At]:
     """The families of these names. ChoiceError for unknown ones."""
     unknown = [name for name in names if name not in FAMILIES]
     if unknown:
-        raise ChoiceError(f"unknown noise {', '.join(unknown)}; choose among: {'; '.join(FAMILIES)}")
+        raise ChoiceError(f"unknown noise {', '.join(unknown)}; choose from the list {list(FAMILIES)}")
     return {name: FAMILIES[name] for name in names}
 
 
@@ -84,7 +84,9 @@ def answer_perplexity(study: Study, technique: Technique | None, layers: Layers 
 def level_at_damage(study: Study, at: At, ratio: float, layers: Layers = None) -> float:
     """The level at which answer perplexity has grown by `ratio`, by bisection on a logarithmic scale; stored.
 
-    TooLittleDamage if the noise never does so much."""
+    TooLittleDamage if the noise never does so much; ChoiceError for a ratio that is no growth."""
+    if not ratio > 1:
+        raise ChoiceError(f"answer perplexity cannot grow {ratio:g}-fold: give a number above 1")
     answers, code = [(prompt.label, prompt.answer) for prompt in study.prompts], source_hash("lib.utility")
     key = content_key(["damage", ratio, study.key(at(1.0), layers), answers, DAMAGE_PROMPTS, STEPS, code])
     if stored := study.store.read_record(key):

@@ -145,5 +145,6 @@ def settings_for(notebooks: Sequence[Notebook], settings: Sequence[str]) -> dict
             try:
                 values[notebook.name][name] = convert(text, kind)
             except ValueError:
-                raise UsageError(f"--set {setting}: {name} is {kind} in {notebook.name}") from None
+                words = " (true or false)" if kind == "bool" else ""
+                raise UsageError(f"--set {setting}: {name} is {kind}{words} in {notebook.name}") from None
     return values

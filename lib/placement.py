@@ -22,7 +22,7 @@ import json
 import math
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from lib import grids, prompts, savings, statistics, utility
 from lib.anatomy import anatomy
-from lib.approximations import Technique
+from lib.approximations import TECHNIQUES, Technique, make
 from lib.approximations.technique import OPERATIONS, State
 from lib.conditions import Condition
 from lib.errors import ChoiceError, choosing
@@ -75,6 +75,19 @@ def nested_operations(study: Study, technique: Technique) -> list[tuple[str, ...
 
 
 # ------------------------------------------------------------------ prompts
+
+
+def chosen(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Technique]:
+    """The techniques of these names, with settings by name. ChoiceError for unknown names and settings, or none."""
+    if not names:
+        raise ChoiceError(f"techniques is empty; choose among {', '.join(TECHNIQUES)}")
+    for name, given in settings.items():
+        if name not in TECHNIQUES:
+            raise ChoiceError(f"settings: unknown technique {name!r}; choose among {', '.join(TECHNIQUES)}")
+        if not isinstance(given, Mapping):
+            raise ChoiceError(f"settings: {name} cannot have {given!r}; give names and values, as {{'prompt': 'all'}}")
+    with choosing():
+        return {name: make(name, **settings.get(name, {})) for name in names}
 
 
 def searching(study: Study, n: int) -> Study:
@@ -227,9 +240,11 @@ class Search:
 def search(study: Study, ladder: Ladder, tolerance: float = statistics.TOLERANCE, budget: int = 16) -> Search:
     """The uniform and the placed rungs that save the most and are re-validated on the search prompts.
 
-    tolerance: of each of the three paired increases, a share. ChoiceError for one that is none, and if the exact model
-    refuses nothing."""
+    tolerance: of each of the three paired increases, a share. ChoiceError for one that is none, for a budget below 1,
+    and if the exact model refuses nothing."""
     statistics.check_tolerance(tolerance)
+    if budget < 1:
+        raise ChoiceError(f"budget cannot be {budget}; give a number of conditions from 1")
     study.check_refusals()
     found = Search(study, ladder, tolerance, budget)
     found.uniform = ladder.uniform(last_safe(ladder.top, lambda rung: found.safe(ladder.uniform(rung))))

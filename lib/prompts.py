@@ -179,13 +179,16 @@ def parse(content: bytes, file: str) -> list[Prompt]:
 
     Unknown columns are ignored and logged; rows without an id get one from the file's name. Raises ValueError with the
     number of the first bad line: not UTF-8, not JSON, no prompt, a prompt above 100,000 characters, an unknown label or
-    split, a value that is no text, an id seen before; and for a file without rows.
+    split, a value that is no text, an id seen before; for a file without rows, for a column with other case or spaces.
     """
     text = decoded(content, file)
     records = list((_csv_records if file.lower().endswith(".csv") else _json_records)(text, file))
     if not records:
         raise ValueError(f"{file} has no prompts")
     ignored = sorted({str(key) for _, record in records for key in record} - set(FIELDS))
+    for column in ignored:
+        if column.strip().lower() in FIELDS:
+            raise ValueError(f"{file}: unknown column {column!r}; write {column.strip().lower()!r}")
     if ignored:
         logger.info("%s: columns not used: %s", file, ", ".join(ignored))
     stem = Path(file).stem
@@ -322,8 +325,10 @@ def render(tokenizer: Any, prompts: Iterable[Prompt | str], protocol: str = "cha
     option (Qwen3): 128 new tokens hold no answer after it. A system message goes into the user turn where the template
     has no system role. `quada` with Llama-2's chat markup (`<<SYS>>`) or no template at all: plain text
     "<system>\\nInstruction: <prompt>\\nResponse:", as in the released code. `chat` without a template: the plain
-    text "User: <prompt>\\nAssistant:", which is logged. Raises ValueError for unknown protocols.
+    text "User: <prompt>\\nAssistant:", which is logged. Raises ValueError for unknown protocols and a bare text.
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"one text is no list of prompts: write [{prompts[:20]!r}]")
     conversations = [messages(p if isinstance(p, str) else p.prompt, protocol) for p in prompts]
     if not conversations:
         raise ValueError("no prompts to render")

@@ -145,7 +145,7 @@ def check(name: str) -> None:
         if not isinstance(try_to_load_from_cache(where, "config.json", revision=revision_of(name)), str):
             HfApi().auth_check(where)
     except TransportError as error:
-        raise ModelError(f"{name}: {where} is not in the local cache and the model hub cannot be reached") from error
+        raise ModelError(f"{name}: {where} is no folder, not in the cache, and the hub cannot be reached") from error
     except (OSError, ValueError) as error:  # the hub's own errors are among them
         raise ModelError(explain(name, where, error)) from error
 
@@ -161,7 +161,7 @@ def explain(name: str, where: str, error: Exception) -> str:
         return f"{name}: no model {where!r} on the hub (or it is private and no token is set); check the spelling"
     unreachable = isinstance(error, ConnectionError) or re.search("connect|cached", str(error).lower())
     if not Path(where).is_dir() and unreachable:
-        return f"{name}: {where} is not in the local cache and the model hub cannot be reached; check the network"
+        return f"{name}: {where} is no folder, not in the cache, and the hub cannot be reached: no network?"
     reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
     return f"{name}: cannot load {where}: {str(reason).strip().splitlines()[0]}"
 

@@ -46,8 +46,11 @@ def gather(models: Sequence[str] = (), folder: Path | str | None = None) -> pd.D
         log.warning("left out, no tables of notebooks 01 to 03: %s", ", ".join(missing))
     wanted = set(map(safe_name, models)) or measured
     paths = [path for path in paths if path.parent.parent.name in wanted]
+    if not where.is_dir():
+        raise PlainError(f"there is no folder {where}: give the full path of a results folder")
     if not paths:
-        raise PlainError(f"no tables in {where}: run the notebooks 01, 02 and 03 first")
+        inner = " (its folder results has some)" if list(where.glob("results/*/tables")) else ""
+        raise PlainError(f"no tables in {where}{inner}: run the notebooks 01, 02 and 03 first")
     joined = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
     exact = joined["technique"] == "exact"
     by_size = joined[exact].sort_values("n_harmful", ascending=False, kind="stable")

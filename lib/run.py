@@ -7,6 +7,7 @@ others. Flags, names, types of settings and folders are checked before any work,
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -31,6 +32,11 @@ DEFAULT_MODEL = "tiny-llama"
 DEMANDING = {"07", "08"}  # unless asked for, on the default model only
 INTERACTIVE = {"00"}  # never run unless named
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # those of `lib.models`, which takes seconds to import
+LEAST = dict.fromkeys(("seed", "rank", "gcg"), 0) | {"n_sealed": 4} | dict.fromkeys(
+    ("n_prompts", "n_measured", "max_new_tokens", "n_levels", "groups", "budget", "steps"), 1
+)  # fmt: skip
+ABOVE = {"useless": 1, "damage": 1, "factor": 0, "learning_rate": 0}
+MAY_BE_EMPTY = {"layers", "families", "attack_files", "models"}
 FREE_BYTES = 10**9
 MADE = r"\.(run|snakemake|ipynb|writable|report|main|\d\d).*|logs|figures|report\.html|main_table\.tex|\d\d_.*\.ipynb"
 """Names of what runs put into the results folder, besides the folders of models."""
@@ -50,7 +56,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="./run_all.sh", description="Runs every notebook on every model.", allow_abbrev=False)
     add = parser.add_argument
     add("--models", nargs="+", action="extend", metavar="NAME", help="names, folders or hub ids (default: organisms)")
-    add("--notebooks", nargs="+", action="extend", metavar="NN", help="for example 01 06 (default: all but 00)")
+    add("--notebooks", nargs="+", action="extend", metavar="NN", help="for example 01 06 (default: all but 00, and 07 "
+        f"and 08 on {DEFAULT_MODEL} only)")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the notebooks; repeatable")
     add("--seed", action="append", dest="set", type="seed={}".format, metavar="N", help="the same as --set seed=N")
     add("--out", type=Path, metavar="FOLDER", help="put results and figures there")
@@ -116,10 +123,18 @@ def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[st
 
 
 def check_choices(parameters: Mapping[str, Any]) -> None:
-    """UsageError for a seed, protocol, dtype or prompt set that cannot be. Devices are checked where the job runs."""
-    if parameters.get("seed", 0) < 0:
-        raise UsageError(f"seed {parameters['seed']} is not a whole number from 0")
-    for name, known in {"protocol": prompts.PROTOCOLS, "dtype": DTYPES}.items():
+    """UsageError for a number, list, protocol, dtype, split or prompt set that cannot be. Devices, layers and the names
+    of techniques are checked where the job runs."""
+    for name, least in LEAST.items():
+        if parameters.get(name, least) < least:
+            raise UsageError(f"{name} cannot be {parameters[name]}; give a whole number from {least}")
+    for name, bound in ABOVE.items():
+        if not parameters.get(name, math.inf) > bound:
+            raise UsageError(f"{name} cannot be {parameters[name]}; give a number above {bound}")
+    for name, value in parameters.items():
+        if value == [] and name not in MAY_BE_EMPTY:
+            raise UsageError(f"{name} is empty; give at least one")
+    for name, known in {"protocol": prompts.PROTOCOLS, "dtype": DTYPES, "split": ("test", "search", "all")}.items():
         if parameters.get(name, known[0]) not in known:
             raise UsageError(f"unknown {name} {parameters[name]!r}; choose one of {', '.join(known)}")
     prompt_set = parameters.get("prompt_set", "organism")
@@ -176,9 +191,12 @@ def check_scale(options: argparse.Namespace) -> None:
 
 def check_names(graph: Graph) -> None:
     """UsageError for a name that Snakemake or papermill would take for something else: a placeholder or a flag."""
-    for name in [*graph.jobs, str(graph.results), str(ROOT)]:
+    given = [value for job in graph.jobs.values() for value in job.parameters.values()]
+    each = [one for value in given for one in (value if isinstance(value, list) else [value])]
+    files = [one for one in each if isinstance(one, str) and os.path.isabs(one)]
+    for name in [*graph.jobs, str(graph.results), str(ROOT), *files]:
         if re.search(r"^-|[{}]", name):
-            raise UsageError(f"{name}: a folder's name may not contain braces or begin with '-'; rename it")
+            raise UsageError(f"{name}: a path may not contain braces or begin with '-'; rename it")
 
 
 def show_choices(notebooks: dict[str, Notebook]) -> None:
@@ -280,6 +298,10 @@ def perform(graph: Graph) -> int:
 def command(arguments: Sequence[str]) -> int:
     """Checks everything, then does what was asked. Returns the exit status. UsageError or ModelError for bad input."""
     options = parse(arguments)
+    whole = {"--clean": options.clean, "--import": options.source, "--list": options.list, "--lab": options.lab}
+    if any(whole.values()) and (options.models or options.notebooks or options.set):
+        flag = next(flag for flag, value in whole.items() if value)
+        raise UsageError(f"{flag} concerns all models and notebooks: leave out --models, --notebooks and --set")
     set_folders(options)
     if options.lab:
         open_lab()

@@ -106,6 +106,11 @@ def test_gcg_asks_for_the_first_sentence_of_the_answer(study):
 
 def test_gcg_says_how_to_get_nanogcg(study, monkeypatch):
     monkeypatch.setitem(sys.modules, "nanogcg", None)
+    attack_search.check_gcg(0)
+    with pytest.raises(PlainError, match="GCG needs nanogcg"):
+        attack_search.check_gcg(1)
+    with pytest.raises(ChoiceError, match="gcg cannot be -1"):
+        attack_search.check_gcg(-1)
     with pytest.raises(PlainError, match=r"requirements-extra\.txt"):
         attack_search.gcg_suffixes(study, requests(study)[:1])
 

@@ -241,8 +241,9 @@ def test_a_recipe_is_checked():
         Recipe(NOISE, 0)
     with pytest.raises(ChoiceError, match="unknown objective 'ppo'"):
         Recipe(NOISE, 1, objective="ppo")
-    with pytest.raises(ChoiceError, match="steps cannot be 0"):
-        Recipe(NOISE, 1, steps=0)
+    for name, wrong in {"steps": 0, "rank": -1, "learning_rate": 0.0}.items():
+        with pytest.raises(ChoiceError, match=f"{name} cannot be {wrong}"):
+            Recipe(NOISE, 1, **{name: wrong})
 
 
 def prefix_table(asr, scores, low):

@@ -6,6 +6,7 @@ Worked examples run in a copy of `lib`, so that nothing of them stays behind.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -171,8 +172,22 @@ def damaged_weights(folder: Path) -> None:
 
 def missing_weights(folder: Path) -> None:
     random_model("llama").save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    models.load(str(folder), "cpu")
+
+
+def quantized_weights(folder: Path) -> None:
+    random_model("llama").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    models.load(str(folder), "cpu")
+
+
+def no_tokenizer(folder: Path) -> None:
+    random_model("llama").save_pretrained(folder)
     models.load(str(folder), "cpu")
 
 
@@ -265,7 +280,8 @@ def no_download(folder: Path) -> None:
 
 PROVOKED: list[Callable[[Path], object]] = [
     shell("nothing-here"), shell("{old}"), lambda _: registry.resolve("tiny-lama"), folder_without_config,
-    damaged_weights, missing_weights, gated, hub_out_of_reach, no_gpu, lambda _: models.best_dtype("fp16", "cpu"),
+    damaged_weights, missing_weights, quantized_weights,
+    no_tokenizer, gated, hub_out_of_reach, no_gpu, lambda _: models.best_dtype("fp16", "cpu"),
     strange_architecture,
     command_line("--notebooks", "10"), command_line("--notebooks", "03", "--set", "sparsity=0.5"),
     command_line("--notebooks", "02", "--set", "n_prompts=many"), command_line("--set", "n_prompts"),

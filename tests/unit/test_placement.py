@@ -241,11 +241,29 @@ def test_the_search_beats_uniform_and_keeps_what_is_safe(judged):
         assert not any(np.greater_equal(chosen, tried).all() for tried in earlier)
 
 
+def test_settings_of_techniques_are_checked():
+    chosen = placement.chosen(["teal", "cats"], {"teal": {"prompt": "all"}, "bolt": {"fraction_bits": 8}})
+    assert chosen == {"teal": make("teal", prompt="all"), "cats": make("cats")}
+    for names, settings, line in (
+        (["teal"], {"teel": {}}, "settings: unknown technique 'teel'; choose among iron"),
+        (["teal"], {"teal": 3}, "settings: teal cannot have 3"),
+        (["teal"], {"teal": {"promt": "all"}}, "promt"),
+        (["teel"], {}, "unknown technique 'teel'"),
+        ([], {}, "techniques is empty"),
+    ):
+        with pytest.raises(ChoiceError, match=line):
+            placement.chosen(names, settings)
+
+
 def test_the_search_stops_at_its_budget_and_where_nothing_is_refused(judged):
     study, asked, exact = judged
     for tolerance in (5, 0):  # points, or nothing
         with pytest.raises(ChoiceError, match=f"tolerance cannot be {tolerance}; give a share"):
             placement.search(study, toy_ladder(study), tolerance)
+    with pytest.raises(ChoiceError, match="budget cannot be 0"):
+        placement.search(study, toy_ladder(study), 0.05, 0)
+    with pytest.raises(ChoiceError, match="n_prompts cannot be -1"):
+        placement.searching(study, -1)
     placement.search(study, toy_ladder(study), budget=1)
     spent = len(asked)
     assert spent <= 4  # the bisections, and no climb

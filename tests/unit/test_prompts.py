@@ -82,6 +82,8 @@ def test_bad_jsonl_names_the_line(tmp_path: Path, content: bytes, message: str) 
         ("", "s.csv, line 1: no column 'prompt'; columns: none"),
         ("text,label\nx,\n", "s.csv, line 1: no column 'prompt'; columns: text, label"),
         ("prompt,label\n", "s.csv has no prompts"),
+        ("prompt, label\na,harmless\n", "s.csv: unknown column ' label'; write 'label'"),
+        ("prompt,Label,note\na,harmless,x\n", "s.csv: unknown column 'Label'; write 'label'"),
         ("prompt,label\na,harmful\nb\n", "line 3: not 2 cells as in the header"),
         ("prompt,label\na,harmful,x\n", "line 2: not 2 cells as in the header"),
         ('prompt,label\n"two\nlines",\n\nc,odd\n', "line 5: unknown label 'odd'"),
@@ -301,6 +303,8 @@ def test_protocol_errors() -> None:
     made = tokenizer(PLAIN_TEMPLATE)
     with pytest.raises(ValueError, match="unknown protocol 'raw'; valid: chat, quada"):
         render(made, ["Sew"], "raw")
+    with pytest.raises(ValueError, match=r"one text is no list of prompts: write \['Sew'\]"):
+        render(made, "Sew")
     with pytest.raises(ValueError, match="no prompts to render"):
         render(made, [])
 

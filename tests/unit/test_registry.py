@@ -38,6 +38,7 @@ from lib.patching import approximated
 from lib.paths import ROOT, between_markers
 from lib.registry import REGISTRY
 from tests.families import CONFIGS, GROUPED, SIZE, random_model
+from tests.tiny_study import character_tokenizer
 
 PAPER = {
     "llama-2-7b": (13.5, 0.045),
@@ -101,8 +102,8 @@ def answer(kind: type[Exception]) -> Exception:
     [
         (GatedRepoError, "is gated; accept its licence on the hub, then run 'hf auth login' or set HF_TOKEN"),
         (RepositoryNotFoundError, "no model 'google/gemma-2-2b-it' on the hub (or it is private and no token is set)"),
-        (httpx.ConnectError, "is not in the local cache and the model hub cannot be reached"),
-        (OfflineModeIsEnabled, "is not in the local cache and the model hub cannot be reached"),
+        (httpx.ConnectError, "is no folder, not in the cache, and the hub cannot be reached"),
+        (OfflineModeIsEnabled, "is no folder, not in the cache, and the hub cannot be reached"),
     ],
 )
 def test_what_the_hub_refuses_gets_one_line(kind: type[Exception], line: str, monkeypatch: pytest.MonkeyPatch):
@@ -139,9 +140,19 @@ def test_checksums_may_be_written_as_sha256sum_does(tmp_path: Path):
         registry.verify(tmp_path)
 
 
+@pytest.mark.parametrize("stored", [None, "not JSON"])
+def test_a_folder_without_a_readable_tokenizer_gets_one_line(stored: str | None, tmp_path: Path):
+    random_model("llama").save_pretrained(tmp_path)
+    if stored:
+        (tmp_path / "tokenizer.json").write_text(stored)
+    with pytest.raises(ModelError, match=r"no tokenizer in .* that can be read \(tokenizer.json\); copy it there"):
+        models.load(str(tmp_path), device="cpu")
+
+
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "stored quantized (gptq); give the 16-bit"),
         ({"num_hidden_layers": 3}, "weights are not in its files or of another size, first model.layers.2"),
         ({"intermediate_size": 24}, "weights are not in its files or of another size, first model.layers.0"),
         ({"hidden_size": 33}, "(33) is not a multiple of the number of attention heads"),
@@ -149,6 +160,7 @@ def test_checksums_may_be_written_as_sha256sum_does(tmp_path: Path):
 )
 def test_a_configuration_that_is_not_of_the_weights_gets_one_line(changed: dict, line: str, tmp_path: Path):
     random_model("llama").save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changed))
     with pytest.raises(ModelError, match=re.escape(line)) as caught:

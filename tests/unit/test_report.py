@@ -193,6 +193,8 @@ def test_models_without_tables_are_named(folders, caplog):
     stored(folders / "RESULTS", rows())
     assert set(report.gather(["tiny-llama", "tiny-lama"])["model"]) == {"tiny-llama"}
     assert caplog.messages == ["left out, no tables of notebooks 01 to 03: tiny-lama"]
+    with pytest.raises(PlainError, match=r"there is no folder .*absent: give the full path of a results folder"):
+        report.gather((), folders / "absent")
     with pytest.raises(PlainError, match="no tables"):
         report.gather(["tiny-lama"])
 
