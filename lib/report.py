@@ -46,7 +46,7 @@ def gather(models: Sequence[str] = (), folder: Path | str | None = None) -> pd.D
         log.warning("left out, no tables of notebooks 01 to 03: %s", ", ".join(missing))
     wanted = set(map(safe_name, models)) or measured
     paths = [path for path in paths if path.parent.parent.name in wanted]
-    if not where.is_dir():
+    if folder and not where.is_dir():
         raise PlainError(f"there is no folder {where}: give the full path of a results folder")
     if not paths:
         inner = " (its folder results has some)" if list(where.glob("results/*/tables")) else ""
