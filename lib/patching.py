@@ -55,8 +55,10 @@ def approximated(
     """Runs the model with `technique`, or a plan of several, in `layers` (all by default); yields the hit counts.
 
     Raises ValueError for a layer the model does not have, for layers in which the technique changes nothing, a missing
-    state, or a site that matches nothing.
+    state, or a site that matches nothing; TypeError for a technique's name.
     """
+    if not isinstance(technique, Technique):
+        raise TypeError(f"{technique!r} is no technique; make one with lib.approximations.make")
     if technique.needs_calibration and state is None:
         raise ValueError(f"{technique.name} needs calibration: pass state=technique.calibrate(model, tokenizer, texts)")
     if state is not None:  # a copy from the host in every step would make it wait, and no CUDA graph can hold one

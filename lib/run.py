@@ -146,8 +146,11 @@ def check_choices(parameters: Mapping[str, Any]) -> None:
 
 
 def set_folders(options: argparse.Namespace) -> None:
-    """Hands folders on to every job by environment, absolute. Altered runs do not draw over a full run's figures."""
+    """Hands folders on to every job by environment, absolute. Altered runs do not draw over a full run's figures.
+    UsageError for the repository itself."""
     altered = options.fast or options.set
+    if options.out and options.out.resolve() == ROOT:
+        raise UsageError("--out is the repository itself: name a folder for this run")
     if options.out:
         os.environ["APPROX_RESULTS"] = str(options.out / "results")
         os.environ["APPROX_FIGURES"] = str(options.out / "figures")

@@ -188,6 +188,12 @@ def test_layers_outside_the_model_are_named(technique, layers):
         pass
 
 
+def test_the_name_of_a_technique_is_no_technique():
+    patch = approximated(random_model("llama"), "teal")
+    with pytest.raises(TypeError, match="'teal' is no technique; make one with"), patch:
+        pass
+
+
 def test_layers_of_which_a_plan_has_none_are_named():
     model = random_model("llama")
     with (

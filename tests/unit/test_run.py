@@ -67,6 +67,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--set fast=yes", "--set fast=yes: fast is bool (true or false) in 01_squares"),
         ("--clean --models tiny-qwen", "--clean concerns all models and notebooks: leave out --models"),
         ("--list --set n=3", "--list concerns all models and notebooks: leave out --models, --notebooks and --set"),
+        (f"--out {run.ROOT}", "--out is the repository itself: name a folder for this run"),
         ("--dry", "unrecognized arguments: --dry"),
         ("--list --clean", "argument --clean: not allowed with argument --list"),
         ("--models tiny-qwen --set seed=1 --out organisms/tiny-llama/config.json", "cannot write to "),
