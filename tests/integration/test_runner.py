@@ -36,7 +36,8 @@ class Runner:
         self.environment = {**kept, "PYTHONPATH": str(ROOT), "APPROX_NOTEBOOKS": str(self.notebooks)}
 
     def start(self, *flags: str, **environment: str) -> subprocess.Popen[str]:
-        command = [*COMMAND, "--models", str(self.folder / "tiny"), "--out", str(self.folder / "out"), *flags]
+        models = [] if {"--clean", "--import", "--list"} & set(flags) else ["--models", str(self.folder / "tiny")]
+        command = [*COMMAND, *models, "--out", str(self.folder / "out"), *flags]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": self.folder}
         return subprocess.Popen(command, env={**self.environment, **environment}, start_new_session=True, **options)
 
