@@ -42,17 +42,6 @@ def tables(wildcards):
     return sorted(map(str, Path().glob("*/tables/[0-9]*.parquet"))) if "models" in JOBS[wildcards.job]["parameters"] else []
 
 
-def named(wildcards):
-    """Files that parameters name: prompts, pairs, attacks, those of a model's folder."""
-    found = []
-    for value in JOBS[wildcards.job]["parameters"].values():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and os.path.isabs(text):
-                path = Path(text)
-                found += path.iterdir() if path.is_dir() else [path]
-    return sorted(str(path) for path in found if path.is_file())
-
-
 wildcard_constraints:
     job="|".join(map(re.escape, JOBS)),
 
@@ -62,7 +51,7 @@ rule notebook:
         source=lambda wildcards: JOBS[wildcards.job]["source"],
         after=lambda wildcards: [f"{key}.ipynb" for key in JOBS[wildcards.job]["after"]],
         tables=tables,
-        named=named,
+        named=lambda wildcards: JOBS[wildcards.job]["files"],
     output:
         "{job}.ipynb",
     resources:

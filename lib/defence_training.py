@@ -40,7 +40,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from lib.anatomy import anatomy
 from lib.approximations import State, Step, Technique
 from lib.approximations.technique import Transform
-from lib.errors import ChoiceError
+from lib.errors import ChoiceError, at_least
 from lib.patching import approximated
 from lib.paths import last_checkpoint, write_whole
 from lib.prompts import render
@@ -86,10 +86,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ChoiceError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
-        if self.steps < 1:
-            raise ChoiceError(f"steps cannot be {self.steps}; give a whole number from 1")
-        if self.rank < 0:
-            raise ChoiceError(f"rank cannot be {self.rank}; give a whole number, 0 for all weights")
+        at_least(1, steps=self.steps)
+        at_least(0, rank=self.rank)
         if not self.learning_rate > 0:
             raise ChoiceError(f"learning_rate cannot be {self.learning_rate}; give a number above 0")
         if (self.perturbation is None) != (self.tau == 0):

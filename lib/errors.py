@@ -18,6 +18,13 @@ class ChoiceError(PlainError, ValueError):
     """A parameter whose value cannot be."""
 
 
+def at_least(least: int, **values: object) -> None:
+    """ChoiceError for a parameter, given by name, that is no whole number from `least`."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value < least:
+            raise ChoiceError(f"{name} cannot be {value!r}; give a whole number from {least}")
+
+
 @contextmanager
 def choosing() -> Iterator[None]:
     """Around code that checks what the reader chose: its ValueErrors, missing files and folders for files become

@@ -30,7 +30,7 @@ from lib import calibration, judging, models, prompts, refusal_score, statistics
 from lib.anatomy import anatomy
 from lib.approximations import State, Technique
 from lib.conditions import EXACT, Condition, Layers, describe, layer_text, technique_modules
-from lib.errors import ChoiceError, choosing
+from lib.errors import ChoiceError, at_least, choosing
 from lib.generation import NonFiniteError, Reply, generate, pad_left
 from lib.organisms import corpus
 from lib.patching import Hits, approximated, check_layers
@@ -62,7 +62,7 @@ class Study:
     seed: int
     store: Store
     identity: dict[str, Any] = field(default_factory=dict)  # given only for the same model and base: hashing takes time
-    likelihood_of: dict[tuple[str, str, bool], float] = field(default_factory=dict)  # of (request, reply, ended)
+    likelihood_of: dict[tuple[str, str, bool], float] = field(default_factory=dict)  # of (request, reply, cut off)
 
     def __post_init__(self) -> None:
         if not self.identity:
@@ -81,8 +81,7 @@ class Study:
         split None: the first of these prompts, else those of another split. ChoiceError if it has no harmful ones, or
         if this study has opened every split, and for an n below 1.
         """
-        if n < 1:
-            raise ChoiceError(f"n_prompts cannot be {n}; give a whole number from 1")
+        at_least(1, n_prompts=n)
         pool = self.prompts
         if split is not None:
             if self.split == "all":
@@ -280,7 +279,7 @@ class Study:
         """verdict, nll, asr_keyword of replies, by the rules of `lib.judging` and, where it may decide, the base's
         likelihood, nats per token: nll is NaN for a firm refusal, for a reply that is broken anyway, and where there is
         no base."""
-        pairs = [(request, reply, getattr(reply, "ended", True)) for request, reply in zip(asked, given, strict=True)]
+        pairs = [(request, reply, utility.cut_off(reply)) for request, reply in zip(asked, given, strict=True)]
         unsure = [] if self.base is None else [pairs[i] for i in judging.undecided(asked, given)]
         new = [pair for pair in dict.fromkeys(unsure) if pair not in self.likelihood_of]  # many repeat exact replies
         if self.base is not None and new:
@@ -382,9 +381,7 @@ def _check(protocol: str, n_prompts: int, max_new_tokens: int, batch_size: int |
     """ChoiceError for a parameter of `open_study` that cannot be; those of the model are checked as it is loaded."""
     if protocol not in prompts.PROTOCOLS:
         raise ChoiceError(f"unknown protocol {protocol!r}; choose one of {', '.join(prompts.PROTOCOLS)}")
-    for name, value in (("n_prompts", n_prompts), ("max_new_tokens", max_new_tokens)):
-        if not isinstance(value, int) or value < 1:
-            raise ChoiceError(f"{name} cannot be {value!r}; give a whole number from 1")
+    at_least(1, n_prompts=n_prompts, max_new_tokens=max_new_tokens)
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
         raise ChoiceError(f"batch_size cannot be {batch_size!r}; give a whole number from 1, or auto")
 

@@ -58,8 +58,6 @@ def at_damage(search: Study, at: At, ratio: float, sets: LayerSets) -> list[Cond
 
     Sets in which no level does so much damage are left out with a warning. ChoiceError for a ratio that is no growth.
     """
-    if not ratio > 1:
-        raise ChoiceError(f"damage cannot be {ratio:g}; give a ratio above 1: 1.2 where perplexity grows by 20 %")
     conditions = []
     for kind, chosen in sets.items():
         for layers in chosen:

@@ -86,7 +86,7 @@ def level_at_damage(study: Study, at: At, ratio: float, layers: Layers = None) -
 
     TooLittleDamage if the noise never does so much; ChoiceError for a ratio that is no growth."""
     if not ratio > 1:
-        raise ChoiceError(f"answer perplexity cannot grow {ratio:g}-fold: give a number above 1")
+        raise ChoiceError(f"damage cannot be {ratio:g}; give a ratio above 1: 1.2 where perplexity grows by 20 %")
     answers, code = [(prompt.label, prompt.answer) for prompt in study.prompts], source_hash("lib.utility")
     key = content_key(["damage", ratio, study.key(at(1.0), layers), answers, DAMAGE_PROMPTS, STEPS, code])
     if stored := study.store.read_record(key):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib import estimates, prompts, registry
+from lib.errors import at_least
 from lib.merge import STORED, merge
 from lib.parameters import Notebook, UsageError, read_notebooks, settings_for
 from lib.paths import ROOT, figures_folder, results_folder, safe_name
@@ -125,9 +126,6 @@ def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[st
 def check_choices(parameters: Mapping[str, Any]) -> None:
     """UsageError for a number, list, protocol, dtype, split or prompt set that cannot be. Devices, layers and the names
     of techniques are checked where the job runs."""
-    for name, least in LEAST.items():
-        if parameters.get(name, least) < least:
-            raise UsageError(f"{name} cannot be {parameters[name]}; give a whole number from {least}")
     for name, bound in ABOVE.items():
         if not parameters.get(name, math.inf) > bound:
             raise UsageError(f"{name} cannot be {parameters[name]}; give a number above {bound}")
@@ -139,6 +137,8 @@ def check_choices(parameters: Mapping[str, Any]) -> None:
             raise UsageError(f"unknown {name} {parameters[name]!r}; choose one of {', '.join(known)}")
     prompt_set = parameters.get("prompt_set", "organism")
     try:
+        for name, least in LEAST.items():
+            at_least(least, **{name: parameters.get(name, least)})
         if prompt_set not in prompts.NAMES:
             prompts.load(prompt_set)
     except (ValueError, FileNotFoundError) as error:
@@ -194,9 +194,7 @@ def check_scale(options: argparse.Namespace) -> None:
 
 def check_names(graph: Graph) -> None:
     """UsageError for a name that Snakemake or papermill would take for something else: a placeholder or a flag."""
-    given = [value for job in graph.jobs.values() for value in job.parameters.values()]
-    each = [one for value in given for one in (value if isinstance(value, list) else [value])]
-    files = [one for one in each if isinstance(one, str) and os.path.isabs(one)]
+    files = [str(path) for job in graph.jobs.values() for path in job.files]
     for name in [*graph.jobs, str(graph.results), str(ROOT), *files]:
         if re.search(r"^-|[{}]", name):
             raise UsageError(f"{name}: a path may not contain braces or begin with '-'; rename it")

@@ -60,6 +60,11 @@ def _losses(model: PreTrainedModel, batch: dict[str, Tensor], last: int | None =
     return losses
 
 
+def cut_off(reply: str) -> bool:
+    """Whether a text is a `Reply` that the model did not end."""
+    return isinstance(reply, Reply) and not reply.ended
+
+
 def reply_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -73,8 +78,7 @@ def reply_losses(
     heads, end = encode(tokenizer, prompts, protocol), turn_end(tokenizer, end_tokens(model))
     tails = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
     for tail, reply in zip(tails, replies, strict=True):
-        cut_off = tail and isinstance(reply, Reply) and not reply.ended
-        tail += [] if cut_off else end
+        tail += [] if tail and cut_off(reply) else end
     sums, lengths = np.zeros(len(heads)), np.array([len(tail) for tail in tails])
     joined = [h + t for h, t in zip(heads, tails, strict=True)]
 

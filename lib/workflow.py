@@ -49,6 +49,13 @@ class Job:
         """The number its file begins with."""
         return Path(self.source).name.partition("_")[0]
 
+    @property
+    def files(self) -> list[Path]:
+        """What its parameters name by full path: files of prompts, pairs and attacks, and those in a model's folder."""
+        given = [one for value in self.parameters.values() for one in (value if isinstance(value, list) else [value])]
+        paths = [Path(one) for one in given if isinstance(one, str) and os.path.isabs(one)]
+        return [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -85,8 +92,13 @@ class Graph:
         cores = len(os.sched_getaffinity(0))
         gpus = [] if self.profile else visible_gpus()
         workers = 1 if self.profile else self.jobs_at_once or len(gpus) or min(2, cores)
+        jobs = {
+            key: asdict(job)
+            | {"gigabytes": self.needs[key].gigabytes, "files": [str(path) for path in job.files if path.is_file()]}
+            for key, job in self.jobs.items()
+        }
         content = {
-            "jobs": {key: asdict(job) | {"gigabytes": self.needs[key].gigabytes} for key, job in self.jobs.items()},
+            "jobs": jobs,
             "events": str(self.events),
             "workers": workers,
             "threads": max(1, cores // workers),
