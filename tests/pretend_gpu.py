@@ -123,6 +123,8 @@ class PretendGpu(TorchDispatchMode):
         if target == INSIDE and not self.asked_for_meta:
             target = self.last
         on_gpu = any(isinstance(tensor, OnGpu) for tensor in given)
+        if on_gpu and any(tensor.device == INSIDE for tensor in given):
+            raise RuntimeError(f"{name} reads a tensor that PyTorch's C++ made where it has no numbers")
         target = self.last if target is None and on_gpu else torch.device(target or "cpu")
         if not on_gpu and target.type != "cuda":
             return function(*args, **kwargs)
@@ -177,6 +179,8 @@ class GpuCalls(TorchFunctionMode):
             if not any(isinstance(value, wanted) for value in (*args[1:], *kwargs.values())):
                 return args[0]
             args = tuple(value for value in args if value is not None)
+        if function in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], OnGpu):
+            args = (args[0], indexing(args[1]), *args[2:])
         if function is Tensor.tolist and isinstance(args[0], OnGpu):
             args = (args[0].cpu(),)
         if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") in GPUS:  # a copy from the host
@@ -192,6 +196,13 @@ def names(value: Any, device: str) -> bool:
 def numbered(value: Any) -> Any:
     """`cuda` is `cuda:0`."""
     return next((gpu for gpu in GPUS if names(value, str(gpu))), GPU if names(value, "cuda") else value)
+
+
+def indexing(index: Any) -> Any:
+    """With tensors for lists, which PyTorch's C++ would make where they have no numbers."""
+    if isinstance(index, tuple):
+        return tuple(indexing(part) for part in index)
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

@@ -77,6 +77,13 @@ def test_devices_do_not_mix(gpu):
     assert (there.device.type, there.cpu().device.type, there.new_ones(2).device.type) == ("cuda", "cpu", "cuda")
 
 
+def test_lists_index_as_tensors_do(gpu):
+    x = torch.arange(1.0, 6.0, device="cuda")
+    assert x[[0, -1]].tolist() == [1.0, 5.0] and x[None][:, [1, 2]].tolist() == [[2.0, 3.0]]
+    x[[1, 3]] = 7.0
+    assert x.tolist() == [1.0, 7.0, 3.0, 7.0, 5.0]
+
+
 def test_a_graph_computes_when_it_is_replayed(gpu):
     x, total = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda")
 
@@ -96,6 +103,7 @@ def test_a_graph_computes_when_it_is_replayed(gpu):
     [
         lambda x: x + x.max().item(),
         lambda x: x[x > 0],
+        lambda x: x[[0, 2]],
         lambda x: x + torch.tensor(1.0, device="cuda"),
         lambda x: x + torch.ones(3).to("cuda"),
         lambda x: x.cpu(),
