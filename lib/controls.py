@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+from argparse import ArgumentParser
 from dataclasses import replace
 from typing import Any
 
@@ -156,4 +157,5 @@ def main(n_prompts: int = 150) -> None:
 
 
 if __name__ == "__main__":
+    ArgumentParser("python -m lib.controls", description=__doc__.partition("\n")[0]).parse_args()
     main()
