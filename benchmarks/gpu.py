@@ -126,7 +126,10 @@ class Bench:
         return greedy(self.model, self.batch, n)
 
     def plain(self, n: int) -> list[list[int]]:
+        """With the attention that Transformers takes by itself."""
+        self.model.set_attn_implementation("sdpa")
         output = self.model.generate(**self.batch, max_new_tokens=n, do_sample=False)
+        self.model.set_attn_implementation("eager")
         return output[:, self.sizes.prompt :].tolist()
 
     def floor(self) -> float:

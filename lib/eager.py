@@ -1,12 +1,17 @@
 """Transformers' eager attention and experts, written out so that a patch can edit what is inside them.
 
 Registered with Transformers under one name; `lib.patching` switches a model to it and keeps each module's edits on the
-module. Without edits they compute, bit for bit, what the eager functions of Transformers compute. So does the mask,
-which stands in for Transformers' own under "eager" too, because a captured step of an exact model needs it as well.
+module. Without edits they compute, bit for bit, what the eager functions of Transformers compute, but for the rounding
+of a decoding step where heads share keys and values: Transformers copies those for each head, here the heads use them
+together, several times as fast. `decoding` gives exact models this attention too. The mask, number by number that of
+Transformers, also takes the place of its own under "eager": a captured step of an exact model needs one without a copy
+from the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,9 +51,10 @@ def eager_attention(
     functions, patch = edits_of(module)
     if "q_rotary" in functions:
         query = functions["q_rotary"](query, patch.now(query[:, 0]))
-    groups = getattr(module, "num_key_value_groups", 1)
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scores = torch.matmul(query, key.transpose(2, 3)) * (module.head_dim**-0.5 if scaling is None else scaling)
+    if query.shape[2] > 1:
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scores = _product(query, key.transpose(2, 3)) * (module.head_dim**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if "softmax" in functions:
@@ -59,7 +65,13 @@ def eager_attention(
     if "attn_probs" in functions:
         probabilities = functions["attn_probs"](probabilities, patch.now(query[:, 0]))
     probabilities = F.dropout(probabilities, p=dropout, training=module.training)
-    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
+    return _product(probabilities, value).transpose(1, 2).contiguous(), probabilities
+
+
+def _product(x: Tensor, shared: Tensor) -> Tensor:
+    """x [batch, heads, new, k] times shared [batch, kv heads, k, n], of which each serves as many heads in a row."""
+    together = x.reshape(len(x), shared.shape[1], -1, x.shape[-1])
+    return torch.matmul(together, shared).view(*x.shape[:-1], shared.shape[-1])
 
 
 def _visible(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -107,6 +119,21 @@ def additive_mask(*, dtype: torch.dtype = torch.float32, **arguments: Any) -> Te
     if visible is None:
         return None
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+@contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """An eager model whose heads share keys and values takes our attention, which does not copy them for each head."""
+    config, before = model.config.get_text_config(), model.config._attn_implementation
+    shared = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
+    if before != "eager" or not shared:
+        yield
+        return
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 AttentionInterface.register(NAME, eager_attention)

@@ -26,6 +26,7 @@ from transformers.cache_utils import StaticLayer
 
 from lib.anatomy import text_config
 from lib.approximations import Technique
+from lib.eager import decoding
 from lib.models import fitting_rows
 from lib.patching import engaged, first_non_finite
 from lib.prompts import encode
@@ -140,9 +141,10 @@ def greedy(
     """
     if fixed_shapes is None:
         fixed_shapes = model.device.type == "cuda" and capturable(model)
-    replies = _decode(model, batch, max_new_tokens, fixed_shapes)
-    if replies is None:
-        raise non_finite(model, batch, lambda: _decode(model, batch, max_new_tokens, fixed_shapes=False))
+    with decoding(model):
+        replies = _decode(model, batch, max_new_tokens, fixed_shapes)
+        if replies is None:
+            raise non_finite(model, batch, lambda: _decode(model, batch, max_new_tokens, fixed_shapes=False))
     ends = set(end_tokens(model))
     lengths = [next((i for i, token in enumerate(reply) if token in ends), len(reply)) for reply in replies]
     return [reply[:length] for reply, length in zip(replies, lengths, strict=True)]
