@@ -2,10 +2,10 @@
 
     python benchmarks/generation.py [--models tiny-llama tiny-mistral] [--rounds 5] [--prompts 128]
 
-Plain is what Transformers does by itself, with its default attention (sdpa). Heads of tiny-mistral share keys and values,
-as those of most deployed models do. Alternating in one process; a speed-up is the median over rounds of plain / ours.
-Processor time, so run one thread. In float32 the replies are the same, which is checked. Prints a Markdown table and
-writes generation.md beside this file.
+Plain is what Transformers does by itself, with its default attention (sdpa). The heads of tiny-mistral share keys and
+values, as those of most deployed models do. Alternating in one process; a speed-up is the median over rounds of plain /
+ours. Processor time, so run one thread. In float32 the replies are the same, which is checked. Prints a Markdown table
+and writes generation.md beside this file.
 """
 
 from __future__ import annotations
