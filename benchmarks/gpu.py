@@ -1,7 +1,9 @@
 """Full-size speed on one GPU, as one table: random weights in the shape of Llama-3.1-8B, bf16.
 
-    python benchmarks/gpu.py            needs torch, transformers and a card with 40 GB; writes gpu.md beside this file
-    python benchmarks/gpu.py --tiny     the same lines of code on a CPU and a toy model; writes nothing
+    python benchmarks/gpu.py [--out FILE]    writes gpu.md beside this file, row by row
+    python benchmarks/gpu.py --tiny          the same lines of code on a CPU and a toy model; writes nothing
+
+Needs a card with 40 GB and, beside what torch and transformers bring, psutil, requests and scipy.
 
 Floor of a decoding step: (bytes of the weights + bytes of keys and values) / copy bandwidth measured here. Speeds do
 not depend on what the weights are; nothing is downloaded. The authors had no GPU: only --tiny has been run, and the
@@ -14,7 +16,7 @@ import argparse
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -155,6 +157,8 @@ class Bench:
         ]
 
     def technique(self, name: str, least: float | None) -> list[tuple[str, str, str, bool | None]]:
+        if not self.exact:
+            raise RuntimeError("the exact model's speed is missing")
         with approximated(self.model, (LIGHT | UNCAPTURED)[name]):
             ratio = self.decode(self.ours) / self.exact
         return [(f"{name}: patched / exact", f"{ratio:.2f}", f"{least or ''}", least and ratio >= least)]
@@ -182,45 +186,44 @@ class Bench:
                 ("perplexity / measured matmul rate", f"{share:.2f}", "0.40", share >= 0.4)]  # fmt: skip
 
 
-def lines(bench: Bench) -> list[str]:
-    """The table; a measurement that fails is a line that says so."""
+def lines(bench: Bench) -> Iterator[str]:
+    """The table's lines as they are measured; a measurement that fails is a line that says so."""
     work = {"decoding": bench.decoding, "condition": bench.condition, "perplexity": bench.text}
     work |= {name: partial(bench.technique, name, 0.9) for name in LIGHT}
     work |= {name: partial(bench.technique, name, None) for name in UNCAPTURED}
-    table = ["| measured | | aim | |", "|---|---:|---:|---|"]
-    table += [f"| copy bandwidth, GB/s | {bench.bandwidth / 1e9:,.0f} | | |"]
-    table += [f"| matmul rate, TFLOP/s | {bench.rate / 1e12:,.1f} | | |"]
+    yield from ("| measured | | aim | |", "|---|---:|---:|---|")
+    yield f"| copy bandwidth, GB/s | {bench.bandwidth / 1e9:,.0f} | | |"
+    yield f"| matmul rate, TFLOP/s | {bench.rate / 1e12:,.1f} | | |"
     for name, measure in work.items():
         try:
             rows = measure()
-        except RuntimeError as error:
+        except (RuntimeError, ArithmeticError) as error:
             rows = [(name, f"failed: {str(error).splitlines()[0][:80]}", "", False)]
         words = {True: "met", False: "missed", None: ""}
-        found = [f"| {what} | {value} | {aim} | {words[met]} |" for what, value, aim, met in rows]
-        print("\n".join(found), flush=True)
-        table += found
-    return table
+        yield from (f"| {what} | {value} | {aim} | {words[met]} |" for what, value, aim, met in rows)
 
 
 def main(arguments: list[str] | None = None) -> list[str]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a toy model on a CPU: a check of this script")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="the file to write")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)  # says where a step could not be captured
     if not options.tiny and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU; --tiny runs the script on a CPU")
-    started = time.perf_counter()
+    started, table = time.perf_counter(), []
     model = random_model(TOY, "cpu", torch.float32) if options.tiny else random_model(LLAMA_8B, "cuda", torch.bfloat16)
     sizes = SMALL if options.tiny else Sizes()
-    table = lines(Bench(model, sizes))
     card = "CPU, toy model" if options.tiny else torch.cuda.get_device_name()
-    about = (
-        f"{date.today()}, {card}. torch {version('torch')}, transformers {version('transformers')}, {model.dtype}, "
-        f"batch {sizes.batch}, prompts of {sizes.prompt} tokens; {time.perf_counter() - started:.0f} s in all."
-    )
-    report = "\n".join(["# Speed on a GPU", "", about, "", *table, ""])
-    if not options.tiny:
-        Path(__file__).with_suffix(".md").write_text(report)
+    for line in lines(Bench(model, sizes)):
+        print(line, flush=True)
+        table.append(line)
+        about = (
+            f"{date.today()}, {card}. torch {version('torch')}, transformers {version('transformers')}, {model.dtype}, "
+            f"batch {sizes.batch}, prompts of {sizes.prompt} tokens; {time.perf_counter() - started:.0f} s in all."
+        )
+        if not options.tiny:
+            options.out.write_text("\n".join(["# Speed on a GPU", "", about, "", *table, ""]))
     return table
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
-import tenacity
 from tqdm.auto import tqdm
 
 from lib.errors import PlainError
@@ -299,6 +298,8 @@ def download(sha256: str, urls: Sequence[str]) -> bytes:
 
     Raises DataError naming what went wrong at each address.
     """
+    import tenacity  # here, so that benchmarks/gpu.py runs on a machine without it
+
     name, failures = urls[-1].rsplit("/", 1)[1], []
     for url in urls:
         retry = tenacity.Retrying(

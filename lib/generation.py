@@ -4,10 +4,8 @@ Prompts are sorted by length, padded on the left and decoded together. What a ba
 once; only the last position's logits are computed; a row leaves the batch when its reply ends. On one GPU decoding
 takes place in fixed shapes instead: a static key-value cache, and one step captured as a CUDA graph with whatever
 patches are on the model, then replayed. A capture is used only if every patch fired in it and its first replay gives
-the logits of an ordinary step; otherwise the ordinary step goes on.
-
-No GPU has run this yet. Where there is none the tests use a stand-in that computes on the CPU and refuses what CUDA
-refuses: tensors of two devices, and in a captured step waiting and copies from the host.
+the logits of an ordinary step; otherwise the ordinary step goes on. No GPU has run this yet: the stand-in of the tests
+computes on the CPU and refuses what CUDA refuses, as in a captured step waiting and copies from the host.
 """
 
 from __future__ import annotations
@@ -299,15 +297,16 @@ def fixed_layer(layer: Any, room: int) -> StaticLayer:
 
 
 @contextmanager
-def fixed_frequencies(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """LongRoPE (Phi-3.5) asks in every step whether a sequence has outgrown the first window, which waits for the GPU.
-    Here it is not asked if none can. length: tokens of the longest prompt and reply."""
-    modules: Any = [module for module in model.modules() if getattr(module, "rope_type", None) == "longrope"]
-    small = [m for m in modules if length <= m.config.rope_parameters["original_max_position_embeddings"]]
+def fixed_frequencies(model: PreTrainedModel, length: int) -> Iterator[bool]:
+    """Some rotary embeddings ask in every step how long a sequence is, which waits for the GPU; LongRoPE's (Phi-3.5) do
+    not here if none outgrows their first window. length: of the longest prompt and reply. Yields whether none asks."""
+    asking: Any = [m for m in model.modules() if getattr(m, "rope_type", None) in ("longrope", "dynamic")]
+    window = "original_max_position_embeddings"
+    small = [m for m in asking if m.rope_type == "longrope" and length <= m.config.rope_parameters[window]]
     for module in small:
         module.rope_type = "default"
     try:
-        yield
+        yield len(small) == len(asking)
     finally:
         for module in small:
             module.rope_type = "longrope"
@@ -338,8 +337,8 @@ def replay_if_same(capture: Callable[[FixedShapes], Replay], batch: FixedShapes)
         batch.step()
         if not torch.dist(replayed, batch.logits) <= SAME_LOGITS * batch.logits.norm():  # NaN is not the same either
             raise RuntimeError("a replayed step gives other logits")
-    except RuntimeError as error:
-        log.warning("decoding without a captured step: %s", str(error).splitlines()[0])
+    except RuntimeError as error:  # its context: why a capture failed, where that ends with another error
+        log.warning("decoding without a captured step: %s", str(error.__context__ or error).splitlines()[0])
         UNCAPTURED.setdefault(batch.model, set()).add(techniques_on(batch.model))
         if int(batch.written) > done:
             batch.back(*before)
@@ -363,9 +362,9 @@ def decode_in_place(
     capture = None if techniques_on(model) in UNCAPTURED.get(model, ()) else capture
     batch = FixedShapes(model, cache, mask, positions, tokens, max_new_tokens)
     replay: Replay = batch.step
-    with fixed_frequencies(model, batch.mask.shape[1]):
+    with fixed_frequencies(model, batch.mask.shape[1]) as steady:
         for number in range(1, max_new_tokens):
-            if capture and number == WARM_UP + 1:
+            if capture and steady and number == WARM_UP + 1:
                 replay = replay_if_same(capture, batch)
             else:
                 replay()

@@ -150,10 +150,14 @@ class PretendGpu(TorchDispatchMode):
 
     @contextmanager
     def capture(self, graph: Graph) -> Iterator[None]:
-        """In place of torch.cuda.graph."""
+        """In place of torch.cuda.graph; as there, ending a capture that failed raises an error of its own."""
         self.graph = graph
         try:
             yield
+        except RuntimeError as error:
+            if "stream is capturing" in str(error):
+                raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+            raise
         finally:
             self.graph = None
             graph.end()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from types import ModuleType
 
@@ -66,3 +68,9 @@ def test_sweep_speed_ups_are_medians_of_ratios_within_rounds():
     assert rows[2].endswith("| 20.0 | 8.0 | 1.0 | 1.0 |") and rows[5].endswith("| 2.5 | 1.0 | 8.0 | 8.0 |")
     assert "is 8.0 times as fast" in sweep.verdict(2, [first, second])
     assert sweep.stds(4) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_the_gpu_script_needs_little_more_than_torch_and_transformers():
+    absent = ["tenacity", "pandas", "statsmodels", "sklearn", "matplotlib", "datasets", "peft", "pyarrow"]
+    start = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); runpy.run_path('benchmarks/gpu.py')"
+    subprocess.run([sys.executable, "-c", start], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)

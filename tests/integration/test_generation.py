@@ -219,6 +219,14 @@ def failing(batch: FixedShapes):
     raise RuntimeError("this stream cannot be captured")
 
 
+def invalidated(batch: FixedShapes):
+    """As CUDA does where a captured step fails."""
+    try:
+        failing(batch)
+    finally:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
 def silent(batch: FixedShapes):
     return batch.step
 
@@ -248,7 +256,13 @@ def empty(batch: FixedShapes):
 
 @pytest.mark.parametrize(
     "capture, reason",
-    [(failing, "cannot be captured"), (silent, "did not fire"), (wrong, "other logits"), (empty, "other logits")],
+    [
+        (failing, "cannot be captured"),
+        (invalidated, "cannot be captured"),
+        (silent, "did not fire"),
+        (wrong, "other logits"),
+        (empty, "other logits"),
+    ],
 )
 def test_a_capture_that_is_not_the_same_is_not_used(capture, reason, monkeypatch, caplog):
     model, batch = random_model("llama"), pad_left(ROWS, 0)
