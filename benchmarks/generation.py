@@ -23,7 +23,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import models
-from lib.generation import generate, pad_left
+from lib.batches import pad_left
+from lib.generation import generate
 from lib.organisms import corpus
 from lib.prompts import encode
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lib.approximations import make
-from lib.generation import greedy, pad_left
+from lib.batches import pad_left
+from lib.generation import greedy
 from lib.patching import approximated
 from lib.utility import perplexity
 

@@ -57,7 +57,7 @@ def study(options: argparse.Namespace) -> Any:
 def plain_replies(options: argparse.Namespace, std: float, subject: Any = None) -> list[str]:
     """Replies of `model.generate` under noise, batches in the order of the prompts."""
     from lib.approximations import make
-    from lib.generation import pad_left
+    from lib.batches import pad_left
     from lib.models import load
     from lib.patching import approximated
     from lib.prompts import render

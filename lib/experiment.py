@@ -29,16 +29,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib import calibration, judging, models, prompts, refusal_score, statistics, summary, utility
 from lib.anatomy import anatomy
 from lib.approximations import State, Technique
+from lib.batches import pad_left
 from lib.conditions import EXACT, Condition, Layers, describe, layer_text, technique_modules
 from lib.errors import ChoiceError, at_least, choosing
-from lib.generation import NonFiniteError, Reply, generate, pad_left
+from lib.generation import NonFiniteError, Reply, generate
 from lib.organisms import corpus
 from lib.patching import Hits, approximated, check_layers
 from lib.registry import base_of, resolve
 from lib.results import Store, content_key, provenance, rejudging, source_hash, store_for
 
 PROSE_PARAGRAPHS = 30
-GENERATION_CODE = ("lib.generation", "lib.patching", "lib.eager", "lib.anatomy", "lib.prompts")
+GENERATION_CODE = ("lib.generation", "lib.batches", "lib.patching", "lib.eager", "lib.anatomy", "lib.prompts")
 
 
 @dataclass

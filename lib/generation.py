@@ -24,6 +24,7 @@ from transformers.cache_utils import StaticLayer
 
 from lib.anatomy import text_config
 from lib.approximations import Technique
+from lib.batches import batch_is_free, pad_left, part_by_part, techniques_on
 from lib.eager import decoding
 from lib.models import fitting_rows
 from lib.patching import engaged, first_non_finite
@@ -83,43 +84,16 @@ def generate(
     size = batch_size or (fitting_rows(model, longest, most) if free else most)
     replies = [Reply("", False)] * len(encoded)
     with tqdm(total=len(order), desc=progress, disable=progress is None, leave=False) as bar:
-        while order:
-            rows, rest = order[:size], order[size:]
-            try:
-                tokens = greedy(model, pad_left([encoded[i] for i in rows], tokenizer.pad_token_id), max_new_tokens)
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                if not free:
-                    advice = f"and replies depend on the batch: choose a batch_size below {size}"
-                    raise torch.OutOfMemoryError(f"out of GPU memory, {advice}") from None
-                torch.cuda.empty_cache()
-                size //= 2
-                continue
+
+        def decode(rows: Sequence[int]) -> None:
+            tokens = greedy(model, pad_left([encoded[i] for i in rows], tokenizer.pad_token_id), max_new_tokens)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             for i, text, ids in zip(rows, texts, tokens, strict=True):
                 replies[i] = Reply(text.strip(), len(ids) < max_new_tokens)
-            order = rest
             bar.update(len(rows))
+
+        part_by_part(model, order, size, decode, f"replies depend on the batch: choose a batch_size below {size}")
     return replies
-
-
-def techniques_on(model: PreTrainedModel) -> tuple[Technique | None, ...]:
-    """The technique of every patch that is on the model now; None for one that only observes."""
-    return tuple(technique for technique, _ in engaged(model))
-
-
-def batch_is_free(model: PreTrainedModel) -> bool:
-    """Whether a reply is the same in every batch: not so under noise or quantization of a whole tensor at once."""
-    return all(technique is None or technique.per_token for technique in techniques_on(model))
-
-
-def pad_left(rows: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
-    """{"input_ids", "attention_mask"} [batch, seq], shorter rows filled on the left."""
-    length = max(map(len, rows))
-    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
@@ -381,19 +355,3 @@ def non_finite(
     place = first_non_finite(model, again or (lambda: model(**inputs)))
     where = f"first at layer {place[0]}, site {place[1]}" if place else "but not in a second run"
     return NonFiniteError(f"logits are NaN or infinite, {where}")
-
-
-def map_batches(
-    model: PreTrainedModel,
-    encoded: Sequence[list[int]],
-    size: int,
-    apply: Callable[[dict[str, Tensor], list[int]], Any],
-    pad: int,
-) -> None:
-    """Calls apply(left-padded batch with its position_ids on the model's device, row numbers), sorted by length."""
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        batch = pad_left([encoded[i] for i in rows], pad)
-        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        apply({key: value.to(model.device) for key, value in batch.items()}, rows)

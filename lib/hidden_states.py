@@ -32,10 +32,11 @@ from torch import Tensor
 from lib import fidelity, prompts, statistics
 from lib.anatomy import EXPERT_SITES
 from lib.approximations import Step, Technique
+from lib.batches import map_batches
 from lib.conditions import Layers, describe
 from lib.errors import ChoiceError, choosing
 from lib.experiment import Study
-from lib.generation import NonFiniteError, map_batches
+from lib.generation import NonFiniteError
 from lib.organisms import corpus
 from lib.patching import observed
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import judging
-from lib.generation import map_batches, non_finite
+from lib.batches import map_batches
+from lib.generation import non_finite
 from lib.prompts import encode
 
 EPSILON = 1e-8

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.generation import NonFiniteError, Reply, end_tokens, map_batches, non_finite
+from lib.batches import map_batches, part_by_part
+from lib.generation import NonFiniteError, Reply, end_tokens, non_finite
 from lib.prompts import encode, turn_end
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # bounds the logits in memory: tokens x vocabulary x 4 bytes
@@ -31,7 +32,8 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
         raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least one window of {window}")
     windows = ids[: n_windows * window].view(n_windows, window)
     per_pass = max(1, TOKENS_PER_PASS.get(model.device.type, 2048) // window)
-    losses = [_losses(model, {"input_ids": part}).mean(1) for part in windows.split(per_pass)]
+    losses: list[Tensor] = []
+    part_by_part(model, windows, per_pass, lambda part: losses.append(_losses(model, {"input_ids": part}).mean(1)))
     return _exp(torch.cat(losses).double().mean().item())
 
 

@@ -12,6 +12,7 @@ import torch
 
 from lib import generation
 from lib.approximations import Technique, make
+from lib.batches import map_batches, pad_left
 from lib.generation import (
     FixedShapes,
     NonFiniteError,
@@ -19,10 +20,10 @@ from lib.generation import (
     decode_in_place,
     generate,
     greedy,
-    pad_left,
     shared_prefix,
 )
 from lib.patching import approximated, observed
+from lib.utility import perplexity
 from tests.families import CONFIGS, random_model
 from tests.integration.test_patching import Scale
 
@@ -310,3 +311,40 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(monkeypatch):
     assert sizes == [4, 2, 1, 1, 1, 1]
     with approximated(model, make("gaussian")), pytest.raises(torch.OutOfMemoryError, match="batch_size below 4"):
         generate(model, Numbers(), texts, 8, batch_size=4)
+
+
+@pytest.mark.parametrize("room", [0, 1, 5])
+def test_perplexity_is_measured_in_smaller_passes_where_memory_is_scarce(room):
+    model, ids = random_model("llama"), [7, 3, 19, 22, 5, 81, 13, 40] * 12
+    measure = partial(perplexity, model, lambda text, verbose: {"input_ids": ids}, "", 8)
+    expected = measure()
+
+    def scarce(module, args, kwargs):
+        if len(kwargs["input_ids"]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model.register_forward_pre_hook(scarce, with_kwargs=True)
+    if room:
+        assert measure() == pytest.approx(expected, rel=1e-6)
+    else:
+        with pytest.raises(torch.OutOfMemoryError, match="use more GPUs or a smaller model"):
+            measure()
+    with approximated(model, make("gaussian")), pytest.raises(torch.OutOfMemoryError, match="depends on the batch"):
+        measure()
+
+
+@pytest.mark.parametrize("room", [1, 2, 4])
+def test_batches_are_divided_where_memory_is_scarce(room):
+    """Each row reaches what is applied once, in order of length, with its own positions."""
+    seen: dict[int, list[int]] = {}
+    keys = ("input_ids", "attention_mask", "position_ids")
+
+    def apply(batch: dict[str, torch.Tensor], rows: list[int]) -> None:
+        if len(rows) > room:
+            raise torch.OutOfMemoryError
+        for row, ids, mask, at in zip(rows, *(batch[key] for key in keys), strict=True):
+            assert row not in seen and at[mask.bool()].tolist() == list(range(len(ROWS[row])))
+            seen[row] = ids[mask.bool()].tolist()
+
+    map_batches(random_model("llama"), ROWS, 4, apply, 0)
+    assert [seen[row] for row in range(len(ROWS))] == ROWS and list(seen) == [3, 1, 0, 2]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Phi3Config
 
 from lib import generation, hidden_states
 from lib.approximations import State, Technique, make
+from lib.batches import pad_left
 from lib.calibration import calibrate
 from lib.conditions import Condition
 from lib.generation import (
@@ -22,7 +23,6 @@ from lib.generation import (
     capturable,
     cuda_graph,
     greedy,
-    pad_left,
 )
 from lib.models import fitting_rows
 from lib.patching import approximated

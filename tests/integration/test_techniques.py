@@ -15,8 +15,9 @@ from transformers import DynamicCache
 from lib import calibration, utility
 from lib.anatomy import anatomy
 from lib.approximations import TECHNIQUES, Technique, make
+from lib.batches import pad_left
 from lib.errors import ChoiceError
-from lib.generation import NonFiniteError, greedy, pad_left
+from lib.generation import NonFiniteError, greedy
 from lib.models import load
 from lib.organisms import corpus
 from lib.patching import approximated, observed

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "anatomy models eager",
         "patching",
         "download statistics parameters execute published estimates degeneration merge",
-        "prompts results workflow",
+        "prompts results workflow batches",
         "calibration generation judging",
         "utility judges_classifier judge_check refusal_score harness",
         "organisms",
