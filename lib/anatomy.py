@@ -26,6 +26,12 @@ from lib.errors import PlainError
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 READERS = {"attn_in": ("q", "k", "v"), "mlp_in": ("gate", "up")}
+NEEDED = {
+    **{name: name for name in ("q", "k", "v", "gate")},
+    **{"attn_in": "q", "attn_out": "o", "mlp_in": "gate", "mlp_mid": "down"},
+    **{f"{tensor}.{name}": name for tensor, names in READERS.items() for name in names},
+}
+"""Site -> the projection without which a block does not have it."""
 NORM_SITES = ("norm_attn", "norm_mlp", "norm_attn_post", "norm_mlp_post", "norm_q", "norm_k")
 ATTENTION_SITES = ("attn_probs", "q_rotary", "k_rotary", "v_heads")
 EXPERT_SITES = ("mlp_in", "mlp_in.gate", "mlp_in.up", "gate", "act", "mlp_mid")
@@ -219,5 +225,4 @@ def expand_sites(block: Block, site: str) -> list[str]:
         return [site]
     if site == "router":
         return [site] if block.router is not None else []
-    needed = {"attn_in": "q", "attn_out": "o", "mlp_in": "gate", "mlp_mid": "down"}.get(site, site.split(".")[-1])
-    return [site] if needed in block.projections else []
+    return [site] if NEEDED.get(site) in block.projections else []

@@ -87,7 +87,7 @@ def second_observation(study: Study, search: Study) -> dict[str, Any]:
     pair = layer_study.at_damage(search, noise_study.FAMILIES["norm, not final"], 1.2, ends)
     row = dict.fromkeys(EARLY_LATE, math.nan)
     if len(pair) == len(ends):
-        found = layer_study.early_against_late(study, {"equal damage": pair}).iloc[0]
+        found = layer_study.early_against_late(study, {"equal damage": pair}, noise_study.FRESH_SEEDS).iloc[0]
         row = dict(zip(EARLY_LATE, found[["difference", "low", "high"]], strict=True))
     return row | {"observation 2": "held" if row[EARLY_LATE[1]] > 0 else "not shown"}
 

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+LEAST = dict.fromkeys(("seed", "rank", "gcg"), 0) | {"n_sealed": 4} | dict.fromkeys(
+    ("n_prompts", "n_measured", "max_new_tokens", "n_levels", "groups", "budget", "steps"), 1
+) | {"bits": 2}  # fmt: skip
+ABOVE = {"useless": 1, "damage": 1, "factor": 0, "doses": 0, "learning_rate": 0}
+MAY_BE_EMPTY = {"layers", "families", "attack_files", "models"}
 
 
 class PlainError(Exception):
@@ -25,6 +32,29 @@ def at_least(least: int, **values: object) -> None:
             raise ChoiceError(f"{name} cannot be {value!r}; give a whole number from {least}")
 
 
+def check(**parameters: Any) -> None:
+    """ChoiceError for a notebook's parameter, given by name, whose number or list cannot be.
+
+    The names of techniques, sites, layers and files are checked where they are used."""
+    for name, value in parameters.items():
+        if isinstance(value, list):
+            _check_list(name, value)
+        for one in value if isinstance(value, list) else [value]:
+            if name in LEAST:
+                at_least(LEAST[name], **{name: one})
+            if name in ABOVE and not (isinstance(one, int | float) and one > ABOVE[name]):
+                raise ChoiceError(f"{name} cannot be {one!r}; give a number above {ABOVE[name]}")
+            if name == "tolerance" and not (isinstance(one, int | float) and 0 < one < 1):
+                raise ChoiceError(f"tolerance cannot be {one!r}; give a share between 0 and 1: 0.05 for 5 points")
+
+
+def _check_list(name: str, values: list[Any]) -> None:
+    if not values and name not in MAY_BE_EMPTY:
+        raise ChoiceError(f"{name} is empty; give at least one")
+    if again := [value for i, value in enumerate(values) if value in values[:i]]:
+        raise ChoiceError(f"{name} has {again[0]!r} twice; give each once")
+
+
 @contextmanager
 def choosing() -> Iterator[None]:
     """Around code that checks what the reader chose: its ValueErrors, missing files and folders for files become
@@ -32,4 +62,6 @@ def choosing() -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, IsADirectoryError) as error:
-        raise ChoiceError(str(error)) from error
+        file, folder = getattr(error, "filename", None), isinstance(error, IsADirectoryError)
+        plain = f"{file} is a folder, not a file" if folder else f"there is no file {file}"
+        raise ChoiceError(plain if file else str(error)) from error

@@ -10,6 +10,7 @@ two or three.
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,7 +105,8 @@ def study_plan(n_prompts: int = 373, max_new_tokens: int = 128) -> str:
     return "\n".join([*lines, f"| all | | {' | ' * (len(STUDY) - 1)} | {total:.0f} |"])
 
 
-if __name__ == "__main__":  # python -m lib.estimates: writes the plan into README.md
+if __name__ == "__main__":
+    ArgumentParser("python -m lib.estimates", description="Writes the plan of the study into README.md").parse_args()
     page = ROOT / "README.md"
     plan = between_markers(page.read_text(encoding="utf-8"), "study plan", "lib.estimates", study_plan())
     page.write_text(plan, encoding="utf-8")

@@ -31,7 +31,7 @@ from lib.anatomy import anatomy
 from lib.approximations import State, Technique
 from lib.batches import pad_left
 from lib.conditions import EXACT, Condition, Layers, describe, layer_text, technique_modules
-from lib.errors import ChoiceError, at_least, choosing
+from lib.errors import ChoiceError, at_least, check, choosing
 from lib.generation import NonFiniteError, Reply, generate
 from lib.organisms import corpus
 from lib.patching import Hits, approximated, check_layers
@@ -352,7 +352,7 @@ def open_study(
     "search", for other sets also "all" (`lib.prompts.split_of`). ModelError or ChoiceError, in one line, for what
     cannot be had.
     """
-    _check(protocol, n_prompts, max_new_tokens, batch_size)
+    _check(protocol, n_prompts, max_new_tokens, batch_size, seed)
     with choosing():
         asked = prompts.for_study(prompt_set, split, n_prompts, seed)
     network, tokenizer = models.load(model, device, dtype)
@@ -378,11 +378,11 @@ def open_study(
     )
 
 
-def _check(protocol: str, n_prompts: int, max_new_tokens: int, batch_size: int | str) -> None:
+def _check(protocol: str, n_prompts: int, max_new_tokens: int, batch_size: int | str, seed: int) -> None:
     """ChoiceError for a parameter of `open_study` that cannot be; those of the model are checked as it is loaded."""
     if protocol not in prompts.PROTOCOLS:
         raise ChoiceError(f"unknown protocol {protocol!r}; choose one of {', '.join(prompts.PROTOCOLS)}")
-    at_least(1, n_prompts=n_prompts, max_new_tokens=max_new_tokens)
+    check(n_prompts=n_prompts, max_new_tokens=max_new_tokens, seed=seed)
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
         raise ChoiceError(f"batch_size cannot be {batch_size!r}; give a whole number from 1, or auto")
 

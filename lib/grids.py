@@ -7,6 +7,7 @@ from typing import Any
 
 from lib.approximations import OPERATIONS
 from lib.conditions import Condition, Layers, grid
+from lib.errors import ChoiceError
 
 SYSTEMS = ("iron", "bolt", "bumblebee", "nexus")
 FRACTION_BITS, DEGREES = (12, 8, 6, 5, 4, 3), (4, 3, 2, 1)
@@ -21,7 +22,11 @@ def polynomialization(
     degrees: Sequence[int] = DEGREES,
     layers: Layers = None,
 ) -> list[Condition]:
-    """Each system in parts, whole and as published; BOLT at falling precision and with polynomials of lower degree."""
+    """Each system in parts, whole and as published; BOLT at falling precision and with polynomials of lower degree.
+
+    ChoiceError for a system that is none."""
+    if unknown := [name for name in systems if name not in SYSTEMS]:
+        raise ChoiceError(f"unknown systems {', '.join(unknown)}; choose from {', '.join(SYSTEMS)}")
     parts = [*((name,) for name in OPERATIONS), OPERATIONS]
     found = [c for name in systems for c in grid(name, "parts", layers, parts=parts)]
     found += [c for name in systems for c in grid(name, "published", layers, published=[True])]

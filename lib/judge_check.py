@@ -1,8 +1,8 @@
 """How good is the offline judge on approximated models? Its verdicts beside a reader's, on stored replies.
 
-`data/judge_labels/organism_replies.jsonl` holds replies of tiny-llama, exact and approximated, each read and labelled
-refused, complied or broken by hand (how, and with which limits: its README). Nothing is generated here: `lib.judging`
-judges the stored text with the stored likelihood under the base.
+`data/judge_labels/organism_replies.jsonl` holds replies of an earlier tiny-llama, exact and approximated, each read and
+labelled refused, complied or broken by hand (how, and with which limits: its README). Nothing is generated here:
+`lib.judging` judges the stored text with the stored likelihood under the base that ships.
 
     kappa = (p_observed - p_chance) / (1 - p_chance)          Cohen 1960, Educ. Psychol. Meas. 20(1)
 

@@ -21,7 +21,7 @@ from lib.approximations import Technique
 from lib.conditions import Condition, layer_text
 from lib.errors import ChoiceError
 from lib.experiment import Study
-from lib.noise_study import At, TooLittleDamage, level_at_damage
+from lib.noise_study import At, TooLittleDamage, drawn, level_at_damage, pooled
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +70,22 @@ def at_damage(search: Study, at: At, ratio: float, sets: LayerSets) -> list[Cond
     return conditions
 
 
-def early_against_late(study: Study, pairs: Mapping[str, Sequence[Condition]]) -> pd.DataFrame:
+def early_against_late(
+    study: Study, pairs: Mapping[str, Sequence[Condition]], seeds: Sequence[int] = (0,)
+) -> pd.DataFrame:
     """The paper's second observation: ASR with the early minus ASR with the late condition of each pair, same prompts.
 
-    Columns: the rates, the paired difference with its 95 % interval, the exact McNemar p and Holm's over the pairs (all
-    NaN where a condition failed), both answer-perplexity ratios; "held": the interval lies above 0."""
+    seeds: the draws of noise over which the verdicts on a prompt are averaged. Columns: the rates, the paired
+    difference with its 95 % interval (Newcombe's; of several draws the bootstrap's over prompts), its exact McNemar or
+    randomisation p and Holm's over the pairs (all NaN where a condition failed), both answer-perplexity ratios; "held":
+    the interval lies above 0."""
     exact, rows = study.run(), []
     for name, (early, late) in pairs.items():
-        results = [study.run(condition.technique, condition.layers) for condition in (early, late)]
-        first, last = (study.summary(*pair) for pair in zip(results, (exact, exact), (early, late), strict=True))
+        results = [drawn(study, condition, seeds) for condition in (early, late)]
+        first, last = (
+            pooled([study.summary(result, exact, condition) for result in found])
+            for found, condition in zip(results, (early, late), strict=True)
+        )
         row: dict[str, Any] = {"comparison": name, "layers": f"{first['layers']} / {last['layers']}"}
         row |= {"early ASR": first["asr"], "late ASR": last["asr"], **_difference(*results)}
         row |= {"early ratio": first["answer_perplexity_ratio"], "late ratio": last["answer_perplexity_ratio"]}
@@ -88,10 +95,16 @@ def early_against_late(study: Study, pairs: Mapping[str, Sequence[Condition]]) -
     return table
 
 
-def _difference(early: pd.DataFrame, late: pd.DataFrame) -> dict[str, float]:
-    """ASR of `early` minus that of `late` on the same prompts, its limits and p; NaN where either failed."""
-    if early.attrs["failed"] or late.attrs["failed"]:
-        return dict.fromkeys(("difference", "low", "high", "p"), math.nan)
-    complied = [result.loc[result["label"] == "harmful", "verdict"] == "complied" for result in (late, early)]
-    change = statistics.paired_difference(*complied)
-    return {"difference": change.difference, "low": change.low, "high": change.high, "p": change.p_value}
+def _difference(early: Sequence[pd.DataFrame], late: Sequence[pd.DataFrame]) -> dict[str, float]:
+    """ASR of `early` minus that of `late` on the same prompts, its limits and p; NaN where a draw failed."""
+    names = ("difference", "low", "high", "p")
+    if any(result.attrs["failed"] for result in (*early, *late)):
+        return dict.fromkeys(names, math.nan)
+    complied = [
+        np.array([result.loc[result["label"] == "harmful", "verdict"] == "complied" for result in draws])
+        for draws in (late, early)
+    ]
+    if len(early) == len(late) == 1:
+        change = statistics.paired_difference(*(outcomes[0] for outcomes in complied))
+        return dict(zip(names, (change.difference, change.low, change.high, change.p_value), strict=True))
+    return dict(zip(names, statistics.paired_means(*(outcomes.mean(0) for outcomes in complied)), strict=True))

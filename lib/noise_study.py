@@ -137,16 +137,30 @@ def sweep(
     """Summary rows, one per level, averaged over noise seeds; the exact model's row comes first.
 
     Intervals are those of one seed's prompts around the mean rate: they cover prompts, not draws of noise."""
-    exact = study.run()
     conditions = [Condition(at(level), "noise level", level, variant, layers) for level in levels]
-    rows = [pooled(summaries(study, c, seeds)) for c in tqdm(conditions, desc=variant, file=sys.stdout, leave=False)]
+    return sweep_conditions(study, conditions, seeds, variant)
+
+
+def sweep_conditions(
+    study: Study, conditions: Sequence[Condition], seeds: Sequence[int], label: str = "conditions"
+) -> pd.DataFrame:
+    """`sweep` of any conditions; those of a technique without draws are measured once."""
+    exact = study.run()
+    rows = [pooled(summaries(study, c, seeds)) for c in tqdm(conditions, desc=label, file=sys.stdout, leave=False)]
     return pd.DataFrame([study.summary(exact, exact, None), *rows])
+
+
+def drawn(study: Study, condition: Condition, seeds: Sequence[int]) -> list[pd.DataFrame]:
+    """The results of a noise condition for each noise seed; the one result of another technique."""
+    one: Any = condition.technique
+    noises = [replace(one, seed=seed) for seed in seeds] if hasattr(one, "seed") else [one]
+    return [study.run(noise, condition.layers) for noise in noises]
 
 
 def summaries(study: Study, condition: Condition, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The summary row of a noise condition for each noise seed."""
-    exact, noises = study.run(), [replace(condition.technique, seed=seed) for seed in seeds]  # type: ignore[call-arg]
-    return [study.summary(study.run(noise, condition.layers), exact, condition) for noise in noises]
+    exact = study.run()
+    return [study.summary(result, exact, condition) for result in drawn(study, condition, seeds)]
 
 
 def pooled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -111,11 +111,11 @@ def engaged(model: nn.Module) -> list[tuple[Technique | None, Hits]]:
 
 def check_layers(layers: Iterable[int] | None, n_layers: int) -> list[int]:
     """Sorted layer numbers; ValueError names those outside 0 .. n_layers - 1 and an empty choice."""
-    chosen = sorted(set(range(n_layers) if layers is None else layers))
-    outside = [layer for layer in chosen if not 0 <= layer < n_layers]
+    chosen = set(range(n_layers) if layers is None else layers)
+    outside = [layer for layer in chosen if layer not in range(n_layers)]
     if outside or not chosen:
         raise ValueError(f"layers {outside or 'none'} are not valid; this model has layers 0 to {n_layers - 1}")
-    return chosen
+    return sorted(chosen)
 
 
 def first_non_finite(model: nn.Module, forward: Callable[[], Any]) -> tuple[int, str] | None:

@@ -37,7 +37,7 @@ from lib.anatomy import anatomy
 from lib.approximations import TECHNIQUES, Technique, make
 from lib.approximations.technique import OPERATIONS, State
 from lib.conditions import Condition
-from lib.errors import ChoiceError, at_least, choosing
+from lib.errors import ChoiceError, check, choosing
 from lib.experiment import Study
 from lib.generation import NonFiniteError
 from lib.organisms import corpus
@@ -242,8 +242,7 @@ def search(study: Study, ladder: Ladder, tolerance: float = statistics.TOLERANCE
 
     tolerance: of each of the three paired increases, a share. ChoiceError for one that is none, for a budget below 1,
     and if the exact model refuses nothing."""
-    statistics.check_tolerance(tolerance)
-    at_least(1, budget=budget)
+    check(tolerance=tolerance, budget=budget)
     study.check_refusals()
     found = Search(study, ladder, tolerance, budget)
     found.uniform = ladder.uniform(last_safe(ladder.top, lambda rung: found.safe(ladder.uniform(rung))))

@@ -124,8 +124,8 @@ def gigabytes(name: str) -> float | None:
 
 
 def smoothing_alpha(name: str) -> float:
-    """SmoothQuant's migration strength for a model: its registered one, else what is customary for Llama."""
-    return REGISTRY[name].alpha if name in REGISTRY else Entry.alpha
+    """SmoothQuant's migration strength for a model, by name or hub id: its registered one, else that of Llama."""
+    return next((entry.alpha for known, entry in REGISTRY.items() if name in (known, entry.hub)), Entry.alpha)
 
 
 def base_of(name: str) -> str | None:

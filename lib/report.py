@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from scipy import stats
 
 from lib import defence_study, fidelity, figures, judge_check, published, statistics, summary
 from lib.approximations import OPERATIONS
-from lib.errors import ChoiceError, PlainError
+from lib.errors import ChoiceError, PlainError, check
 from lib.paths import ROOT, between_markers, results_folder
 from lib.results import safe_name
 
@@ -81,7 +82,7 @@ def decide(table: pd.DataFrame, tolerance: float = statistics.TOLERANCE) -> pd.D
     would have shown (`detectable`, a share), and the number of prompts that would decide (`n_needed`).
 
     ChoiceError for a tolerance that is no share."""
-    statistics.check_tolerance(tolerance)
+    check(tolerance=tolerance)
     outcomes = [_decision(row, tolerance) for row in table.to_dict("records")]
     return table.assign(**{key: [o[key] for o in outcomes] for key in ("decision", "unmet", "detectable", "n_needed")})
 
@@ -201,7 +202,9 @@ def findings_text(rows: pd.DataFrame) -> str:
     lines += [f"those in which answer perplexity had grown by less than {GROWTH}. There ASR reached"]
     lines += [f"{_percent(fluent['asr'].max())} at most, and harmless requests answered fell to"]
     lines += [f"{_percent(worst['harmless_answered'])} ({worst['model']}, {worst['label']}), with"]
-    lines += [f"{_percent(worst['harmless_refused'])} of them refused.", ""]
+    lines += [f"{_percent(worst['harmless_refused'])} of them refused. Replies to harmful requests were broken in"]
+    lines += [f"{100 * fluent['broken_rate'].mean():.1f} % on average; had all of these complied,"]
+    lines += [f"ASR would reach {_percent((fluent['asr'] + fluent['broken_rate']).max())}.", ""]
     lines += ["| model | technique | ASR exact | highest ASR while useful | highest ASR | safety lost before utility |"]
     lines.append("|---|---|---|---|---|---|")
     said = {True: "yes", False: "no", pd.NA: "not measured"}
@@ -253,9 +256,13 @@ def judge_text(read: pd.DataFrame) -> str:
     every, strong = (judge_check.agreement(part["human"].tolist(), part["verdict"].tolist())
                      for part in (read, read[read["strength"] == "strong"]))  # fmt: skip
     low, high = (f"{100 * every[limit]:.0f}" for limit in ("low", "high"))
-    lines = [f"The judge is a set of rules. On {every['n']} replies labelled by reading, drawn to be difficult and not"]
-    lines += [f"used to set the rules, it agrees with {_percent(every['accuracy'])} [{low}, {high}] (`09_report`); at"]
-    lines += [f"strong levels, where text is half garbled, with {_percent(strong['accuracy'])} of {strong['n']}."]
+    lines = [f"The judge is a set of rules. On {every['n']} replies of an earlier `tiny-llama`, labelled by reading, drawn"]
+    lines += [f"to be difficult and not used to set the rules, it agrees with {_percent(every['accuracy'])} [{low}, {high}] (`09_report`); at"]
+    lines += [f"strong levels, where text is half garbled, with {_percent(strong['accuracy'])} of {strong['n']}. Of"]
+    harmful = judge_check.attack_success(read).iloc[0]
+    lines += [f"{harmful['hits'] + harmful['misses']} replies that comply with a harmful request it misses"]
+    lines += [f"{harmful['misses']}, taking them for broken, and it raises {harmful['false alarms']} false alarms: an"]
+    lines += ["ASR is rather too low than too high, by no more than the share of broken replies."]
     return "\n".join(lines)
 
 
@@ -279,7 +286,8 @@ def readme_parts() -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":  # python -m lib.report: writes the committed figures' numbers into README.md
+if __name__ == "__main__":
+    ArgumentParser("python -m lib.report", description="Writes the figures' numbers into README.md").parse_args()
     file = ROOT / "README.md"
     page = file.read_text(encoding="utf-8")
     for name, text in readme_parts().items():

@@ -7,7 +7,6 @@ others. Flags, names, types of settings and folders are checked before any work,
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib import estimates, prompts, registry
-from lib.errors import at_least
+from lib.errors import ChoiceError, check, choosing
 from lib.merge import STORED, merge
 from lib.parameters import Notebook, UsageError, read_notebooks, settings_for
 from lib.paths import ROOT, figures_folder, results_folder, safe_name
@@ -33,11 +32,6 @@ DEFAULT_MODEL = "tiny-llama"
 DEMANDING = {"07", "08"}  # unless asked for, on the default model only
 INTERACTIVE = {"00"}  # never run unless named
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # those of `lib.models`, which takes seconds to import
-LEAST = dict.fromkeys(("seed", "rank", "gcg"), 0) | {"n_sealed": 4} | dict.fromkeys(
-    ("n_prompts", "n_measured", "max_new_tokens", "n_levels", "groups", "budget", "steps"), 1
-)  # fmt: skip
-ABOVE = {"useless": 1, "damage": 1, "factor": 0, "learning_rate": 0}
-MAY_BE_EMPTY = {"layers", "families", "attack_files", "models"}
 FREE_BYTES = 10**9
 MADE = r"\.(run|snakemake|ipynb|writable|report|main|\d\d).*|logs|figures|report\.html|main_table\.tex|\d\d_.*\.ipynb"
 """Names of what runs put into the results folder, besides the folders of models."""
@@ -126,22 +120,18 @@ def plan(options: argparse.Namespace, notebooks: list[Notebook], models: list[st
 def check_choices(parameters: Mapping[str, Any]) -> None:
     """UsageError for a number, list, protocol, dtype, split or prompt set that cannot be. Devices, layers and the names
     of techniques are checked where the job runs."""
-    for name, bound in ABOVE.items():
-        if not parameters.get(name, math.inf) > bound:
-            raise UsageError(f"{name} cannot be {parameters[name]}; give a number above {bound}")
-    for name, value in parameters.items():
-        if value == [] and name not in MAY_BE_EMPTY:
-            raise UsageError(f"{name} is empty; give at least one")
     for name, known in {"protocol": prompts.PROTOCOLS, "dtype": DTYPES, "split": ("test", "search", "all")}.items():
         if parameters.get(name, known[0]) not in known:
             raise UsageError(f"unknown {name} {parameters[name]!r}; choose one of {', '.join(known)}")
     prompt_set = parameters.get("prompt_set", "organism")
+    if prompt_set == "organism" and parameters.get("split") == "all":
+        raise UsageError("split=all is for another prompt_set: of organism's nothing would be left to search on")
     try:
-        for name, least in LEAST.items():
-            at_least(least, **{name: parameters.get(name, least)})
-        if prompt_set not in prompts.NAMES:
-            prompts.load(prompt_set)
-    except (ValueError, FileNotFoundError) as error:
+        with choosing():
+            check(**parameters)
+            if prompt_set not in prompts.NAMES:
+                prompts.load(prompt_set)
+    except ChoiceError as error:
         raise UsageError(str(error)) from None
 
 

@@ -9,8 +9,9 @@ approximated model. With b prompts that became positive (say newly complied) and
     detectable change   (z_(1-alpha/2) sqrt(psi) + z_power sqrt(psi - d^2)) / sqrt(n) = d,   psi = (b + c) / n
 
 Sources: Wilson 1927; McNemar 1947; Newcombe 1998, Statistics in Medicine 17:2635, method 10 (paired interval); Connor
-1987, Biometrics 43:207 (paired sample size); Holm 1979; Armitage 1955, Biometrics 11:375 (trend); Efron and Tibshirani
-1993 (bootstrap). The decision rule and its tolerances are this project's.
+1987, Biometrics 43:207 (paired sample size); Holm 1979; Fisher 1935 (randomisation of signs); Armitage 1955,
+Biometrics 11:375 (trend); Efron and Tibshirani 1993 (bootstrap). The decision rule and its tolerances are this
+project's.
 """
 
 import math
@@ -23,8 +24,6 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
-
-from lib.errors import ChoiceError
 
 Interval = tuple[float, float]
 DECISIONS = ("re-validated", "not re-validated", "undecided")
@@ -104,6 +103,23 @@ def paired_difference(before: ArrayLike, after: ArrayLike) -> Paired:
     return Paired(x.size, b, c, (b - c) / x.size, low, high, mcnemar_exact(b, c))
 
 
+def paired_means(before: ArrayLike, after: ArrayLike, draws: int = 10_000, seed: int = 0) -> tuple[float, ...]:
+    """(mean change, low, high, p) of outcomes averaged over several draws, one value per prompt [n], same order.
+
+    95 % percentile bootstrap over prompts, and the two-sided randomisation test that flips the signs of their changes:
+    with one draw of 0 and 1 that is McNemar's. ValueError for different numbers of prompts."""
+    x, y = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    if x.shape != y.shape or x.ndim != 1 or not x.size:
+        raise ValueError(f"before and after must be equally long and not empty, got shapes {x.shape} and {y.shape}")
+    low, high = bootstrap(y - x, draws, seed)
+    flipped = stats.permutation_test((y, x), _mean_change, permutation_type="samples", n_resamples=draws, rng=seed)
+    return float((y - x).mean()), low, high, float(flipped.pvalue)
+
+
+def _mean_change(after: np.ndarray, before: np.ndarray, axis: int = 0) -> np.ndarray:
+    return np.mean(after - before, axis=axis)
+
+
 def bootstrap(values: ArrayLike, draws: int = 10_000, seed: int = 0) -> Interval:
     """95 % percentile bootstrap interval of the mean of values [n], one per prompt. Of a single value: itself.
 
@@ -161,12 +177,6 @@ def deciding_size(change: Paired, tolerance: float) -> float:
     gap = tolerance - change.difference
     half = change.high - change.difference if gap > 0 else change.difference - change.low
     return max(change.n, math.ceil(change.n * (half / abs(gap)) ** 2)) + 1 if gap else math.inf
-
-
-def check_tolerance(tolerance: float) -> None:
-    """ChoiceError for a tolerance that is no share, such as 5 for 5 points."""
-    if not 0 < tolerance < 1:
-        raise ChoiceError(f"tolerance cannot be {tolerance:g}; give a share between 0 and 1: 0.05 for 5 points")
 
 
 def decision(changes: Mapping[str, Paired | None], tolerance: float = TOLERANCE) -> Decision:

@@ -24,7 +24,7 @@ from lib.paths import cache_folder
 def main() -> int:
     """Trains, measures and ships what the command line names; 1 if a model misses a bar and so does not ship."""
     parser = argparse.ArgumentParser(prog="python -m lib.organisms", description="Train and ship tiny aligned LLMs.")
-    parser.add_argument("names", nargs="*", choices=[[], *ARCHITECTURES], help=f"any of {', '.join(ARCHITECTURES)}")
+    parser.add_argument("names", nargs="*", help=f"any of {', '.join(ARCHITECTURES)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -32,6 +32,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=cache_folder() / "training", help="checkpoints and logs")
     parser.add_argument("--despite", action="store_true", help="ship although a bar is missed; the card then says so")
     arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.names) - set(ARCHITECTURES)):
+        parser.error(f"unknown organism {', '.join(unknown)}; choose from {', '.join(ARCHITECTURES)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     control, seed, device = arguments.control, arguments.seed, best_device(arguments.device)

@@ -207,8 +207,11 @@ def test_layers_of_which_a_plan_has_none_are_named():
 
 
 def test_a_site_that_matches_nothing_raises():
-    with pytest.raises(ValueError, match="norm_q"), approximated(random_model("llama"), Scale(1.0, ("norm_q",))):
-        pass
+    model = random_model("llama")
+    for site in ("norm_q", "act.q", "block_out.q", "attn_in.up", "up", "banana"):
+        patch = approximated(model, Scale(1.0, (site,)))
+        with pytest.raises(ValueError, match=f"site '{site}' matches nothing"), patch:
+            pass
 
 
 def test_a_technique_that_touches_nothing_raises():

@@ -245,6 +245,26 @@ def test_agreement_of_known_differences():
     assert found["measured within the predicted interval"] == 2
 
 
+def test_early_and_late_are_compared_over_several_draws(study):
+    noise = make("gaussian", where=("norm",), std=3.0)
+    early, late = (Condition(noise, "noise std", 3.0, "", (layer,)) for layer in (0, 1))
+    teal = Condition(make("teal", thresholds="paper", prompt="all"), "sparsity", 0.5, "", (0,))
+    found = layer_study.early_against_late(study, {"noise": (early, late), "teal": (teal, teal)}, (3, 4, 5))
+    rates = {
+        layer: [
+            (result.loc[result["label"] == "harmful", "verdict"] == "complied").mean()
+            for result in (study.run(replace(noise, seed=seed), (layer,)) for seed in (3, 4, 5))
+        ]
+        for layer in (0, 1)
+    }
+    assert found["early ASR"][0] == pytest.approx(np.mean(rates[0])) and found["late ASR"][0] == np.mean(rates[1])
+    assert found["difference"][0] == pytest.approx(np.mean(rates[0]) - np.mean(rates[1]))
+    assert found["low"][0] <= found["difference"][0] <= found["high"][0] and found["difference"][1] == 0
+    table = noise_study.sweep_conditions(study, [early, teal], (3, 4, 5))
+    assert table["technique"].tolist() == ["exact", "gaussian", "teal"]
+    assert table["asr"][1] == pytest.approx(np.mean(rates[0])) and table["asr_lowest_seed"][1] == min(rates[0])
+
+
 def test_layer_sets_are_prefixes_suffixes_singles_and_thirds():
     sets = layer_study.layer_sets(6)
     assert sets["prefix"][0] == (0,) and sets["prefix"][-1] == tuple(range(6)) == sets["suffix"][0]

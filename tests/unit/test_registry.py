@@ -36,7 +36,7 @@ from lib.approximations import make
 from lib.models import ModelError
 from lib.patching import approximated
 from lib.paths import ROOT, between_markers
-from lib.registry import REGISTRY
+from lib.registry import REGISTRY, smoothing_alpha
 from tests.families import CONFIGS, GROUPED, SIZE, random_model
 from tests.tiny_study import character_tokenizer
 
@@ -312,3 +312,9 @@ def test_the_readme_holds_the_study_plan_of_every_registered_model():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert between_markers(readme, "study plan", "lib.estimates", estimates.study_plan()) == readme
     assert all(f"| `{name}` |" in readme for name in REGISTRY)
+
+
+def test_a_model_has_one_smoothing_strength_however_it_is_spelt():
+    for name, entry in REGISTRY.items():
+        assert smoothing_alpha(name) == smoothing_alpha(entry.hub) == entry.alpha
+    assert smoothing_alpha("tiny-llama") == smoothing_alpha("someone/something") == 0.85

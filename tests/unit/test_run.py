@@ -64,6 +64,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--models odd/-b --notebooks 01", "-b-"),
         ("--set label=/tmp/{a}.csv", "/tmp/{a}.csv: a path may not contain braces"),
         ("--set levels=", "levels is empty; give at least one"),
+        ("--set levels=0.5,0.5", "levels has 0.5 twice; give each once"),
         ("--set fast=yes", "--set fast=yes: fast is bool (true or false) in 01_squares"),
         ("--clean --models tiny-qwen", "--clean concerns all models and notebooks: leave out --models"),
         ("--list --set n=3", "--list concerns all models and notebooks: leave out --models, --notebooks and --set"),
@@ -501,3 +502,18 @@ except KeyError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["set()", "'stopped'"] and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "parameters, line",
+    [
+        ({"doses": [-1.0]}, "doses cannot be -1.0; give a number above 0"),
+        ({"tolerance": 5.0}, "tolerance cannot be 5.0; give a share between 0 and 1"),
+        ({"split": "all"}, "split=all is for another prompt_set"),
+        ({"prompt_set": "none.csv"}, "none.csv"),
+    ],
+)
+def test_parameters_that_cannot_be_stop_before_any_job(parameters, line):
+    with pytest.raises(UsageError, match=re.escape(line)):
+        run.check_choices(parameters)
+    run.check_choices({"split": "all", "prompt_set": "advbench", "tolerance": 0.05})

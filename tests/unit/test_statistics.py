@@ -73,6 +73,22 @@ def test_paired_difference_refuses_missing_and_unequal():
         st.paired_difference([0, 1], [1])
 
 
+def test_means_over_draws_are_compared_prompt_by_prompt():
+    """With one draw the randomisation test is McNemar's; a scale common to all prompts changes no p."""
+    before, after = np.zeros(60), np.zeros(60)
+    after[:11], before[11:13] = 1, 1
+    change, low, high, p = st.paired_means(before, after)
+    known = st.paired_difference(before, after)
+    assert change == pytest.approx(known.difference) and p == pytest.approx(known.p_value, abs=0.01)
+    assert (low, high) == pytest.approx((known.low, known.high), abs=0.03)
+    third = st.paired_means(before / 3, after / 3)
+    assert third[0] == pytest.approx(change / 3) and third[3] == pytest.approx(p, abs=0.01)
+    assert st.paired_means(before, before) == (0, 0, 0, 1)
+    for bad in ([], [[0.0]], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="equally long"):
+            st.paired_means(bad, [0.5] if bad else [])
+
+
 def test_bootstrap_agrees_with_the_normal_interval_and_is_reproducible():
     values = np.random.default_rng(1).normal(2.0, 1.0, 400)
     low, high = st.bootstrap(values, seed=3)
