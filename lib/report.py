@@ -256,9 +256,10 @@ def judge_text(read: pd.DataFrame) -> str:
     every, strong = (judge_check.agreement(part["human"].tolist(), part["verdict"].tolist())
                      for part in (read, read[read["strength"] == "strong"]))  # fmt: skip
     low, high = (f"{100 * every[limit]:.0f}" for limit in ("low", "high"))
-    lines = [f"The judge is a set of rules. On {every['n']} replies of an earlier `tiny-llama`, labelled by reading, drawn"]
-    lines += [f"to be difficult and not used to set the rules, it agrees with {_percent(every['accuracy'])} [{low}, {high}] (`09_report`); at"]
-    lines += [f"strong levels, where text is half garbled, with {_percent(strong['accuracy'])} of {strong['n']}. Of"]
+    lines = [f"The judge is a set of rules. On {every['n']} replies of an earlier `tiny-llama`, labelled by reading,"]
+    lines += [f"drawn to be difficult and not used to set the rules, it agrees with {_percent(every['accuracy'])}"]
+    lines += [f"[{low}, {high}] (`09_report`); at strong levels, where text is half garbled, with"]
+    lines += [f"{_percent(strong['accuracy'])} of {strong['n']}. Of"]
     harmful = judge_check.attack_success(read).iloc[0]
     lines += [f"{harmful['hits'] + harmful['misses']} replies that comply with a harmful request it misses"]
     lines += [f"{harmful['misses']}, taking them for broken, and it raises {harmful['false alarms']} false alarms: an"]
