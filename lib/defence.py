@@ -65,12 +65,14 @@ def sensitive_prefix(table: pd.DataFrame, margin: float = MARGIN) -> tuple[int, 
 
     table: of `prefix_damage`. Damage is the rise of ASR if its 95 % interval in all layers lies above 0, else the fall
     of the refusal score, which moves before any verdict does. Where all layers damage neither, no prefix can be told
-    from another: all layers, "no damage". ValueError for an empty table.
+    from another: all layers, "no damage". ValueError for an empty table, or one in which all layers failed.
     """
     rows = table[table["failed"] == ""].sort_values("tau")
     if len(rows) < 2:
         raise ValueError("the sweep over prefixes is empty: no prefix could be measured")
     whole = rows.iloc[-1]
+    if whole["tau"] < table["tau"].max():
+        raise ValueError("the noise in all layers failed: there is no damage to compare prefixes with")
     measure = "asr" if whole["asr_increase_low"] > 0 else "refusal_score"
     rise = rows[measure] - rows[measure].iloc[0]
     damage = rise if measure == "asr" else -rise

@@ -41,9 +41,10 @@ from lib.anatomy import anatomy
 from lib.approximations import State, Step, Technique
 from lib.approximations.technique import Transform
 from lib.errors import ChoiceError, at_least
+from lib.generation import end_tokens
 from lib.patching import approximated
 from lib.paths import last_checkpoint, write_whole
-from lib.prompts import render
+from lib.prompts import render, turn_end
 
 OBJECTIVES = {"dpo": ["sigmoid"], "sft": ["sft"], "both": ["sigmoid", "sft"]}
 SAVE_STEPS = 50
@@ -205,14 +206,18 @@ class Bar(TrainerCallback):
         self.bar.close()
 
 
-def tokenised(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], protocol: str) -> Dataset:
-    """prompt_ids, chosen_ids, rejected_ids and harmful of each pair; prompts as they are put in evaluation."""
+def tokenised(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], protocol: str, ends: Sequence[int] = ()
+) -> Dataset:
+    """prompt_ids, chosen_ids, rejected_ids and harmful of each pair; prompts and ends as they are in evaluation.
+
+    ends: the model's end tokens."""
     texts, special = render(tokenizer, [pair.prompt for pair in pairs], protocol)
 
     def ids(text: str, special: bool = False) -> list[int]:
         return tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    end = [tokenizer.eos_token_id]
+    end = turn_end(tokenizer, ends)
     return Dataset.from_list(
         [
             {"prompt_ids": ids(text, special), "chosen_ids": ids(pair.chosen) + end,
@@ -270,7 +275,7 @@ def _trainer(
         model=model if recipe.rank else model.float(),
         args=arguments,
         data_collator=Collator(tokenizer.pad_token_id),
-        train_dataset=tokenised(tokenizer, pairs, protocol),
+        train_dataset=tokenised(tokenizer, pairs, protocol, end_tokens(model)),
         processing_class=tokenizer,
         peft_config=lora,
     )

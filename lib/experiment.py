@@ -39,6 +39,7 @@ from lib.registry import base_of, resolve
 from lib.results import Store, content_key, provenance, rejudging, source_hash, store_for
 
 PROSE_PARAGRAPHS = 30
+RECORD_CODE = ("lib.utility", "lib.refusal_score", "lib.judging", "lib.degeneration")
 GENERATION_CODE = ("lib.generation", "lib.batches", "lib.patching", "lib.eager", "lib.anatomy", "lib.prompts")
 
 
@@ -193,7 +194,7 @@ class Study:
 
     def _record_key(self, key: str) -> str:
         texts = [(p.label, p.answer) for p in self.prompts], [vars(fact) for fact in self.facts], self.prose
-        return content_key([key, texts, source_hash("lib.utility", "lib.refusal_score", "lib.judging")])
+        return content_key([key, texts, source_hash(*RECORD_CODE)])
 
     def _compute(
         self, technique: Technique | None, layers: Layers, key: str

@@ -229,7 +229,7 @@ def test_files_of_pairs_take_the_safer_response(tmp_path):
     file.write_text("\n")
     with pytest.raises(ValueError, match="no preference pairs"):
         defence.read_pairs(file)
-    with pytest.raises(ChoiceError, match=r"No such file.*missing\.jsonl"):
+    with pytest.raises(ChoiceError, match=r"there is no file .*missing\.jsonl"):
         defence.read_pairs(tmp_path / "missing.jsonl")
 
 
@@ -263,6 +263,8 @@ def test_tau_is_the_smallest_prefix_that_explains_the_damage():
     assert defence.sensitive_prefix(prefix_table([0.0, 0.0], [5, 6], -0.1)) == (1, "no damage")
     with pytest.raises(ValueError, match="empty"):
         defence.sensitive_prefix(table.iloc[:1])
+    with pytest.raises(ValueError, match="noise in all layers failed"):
+        defence.sensitive_prefix(table.assign(failed=["", *[""] * (len(table) - 2), "NaN at layer 0"]))
 
 
 def test_the_prefix_sweep_measures_growing_prefixes_and_needs_refusals(tmp_path, monkeypatch):
@@ -415,3 +417,14 @@ def test_noise_is_measured_in_units_of_the_mva_and_in_the_chosen_layers(tmp_path
     found = defence_study.noise_conditions(tiny_study(tmp_path), (0.5, 2.0), (0,))
     assert [c.technique.std for c in found] == [0.2, 0.8] * 2 and {c.layers for c in found} == {(0,)}
     assert [c.level for c in found] == [0.5, 2.0] * 2 and found[-1].technique.laplace_down == pytest.approx(0.592)
+
+
+def test_answers_end_as_the_template_ends_a_turn():
+    """Gemma and Phi-3 end a turn with another token than a text."""
+    tokenizer = character_tokenizer()
+    other = next(token for token in range(60, 90) if token != tokenizer.eos_token_id)
+    mark = tokenizer.convert_ids_to_tokens(other)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + mark + "{% endfor %}"
+    for ends, wanted in (([other, tokenizer.eos_token_id], other), ([], tokenizer.eos_token_id)):
+        rows = defence_training.tokenised(tokenizer, PAIRS, "chat", ends)
+        assert {row[f"{kind}_ids"][-1] for row in rows for kind in ("chosen", "rejected")} == {wanted}
