@@ -41,7 +41,7 @@ def test_every_template_holds_the_request_and_files_join_them(tmp_path):
         file.write_text(json.dumps({"id": reserved, "suffix": "x"}))
         with pytest.raises(ChoiceError, match=f"several attacks have the id {reserved}"):
             attack_search.chosen_attacks([file])
-    with pytest.raises(ChoiceError, match=r"No such file.*missing\.jsonl"):
+    with pytest.raises(ChoiceError, match=r"there is no file .*missing\.jsonl"):
         attack_search.chosen_attacks([tmp_path / "missing.jsonl"])
 
 
