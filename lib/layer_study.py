@@ -87,6 +87,7 @@ def early_against_late(
             for found, condition in zip(results, (early, late), strict=True)
         )
         row: dict[str, Any] = {"comparison": name, "layers": f"{first['layers']} / {last['layers']}"}
+        row |= {column: first[column] for column in ("technique", "n_harmful", "n_harmless")}
         row |= {"early ASR": first["asr"], "late ASR": last["asr"], **_difference(*results)}
         row |= {"early ratio": first["answer_perplexity_ratio"], "late ratio": last["answer_perplexity_ratio"]}
         rows.append(row | {"held": row["low"] > 0})

@@ -206,19 +206,36 @@ def paired_changes(table: pd.DataFrame, tolerance: float = 0.05) -> Figure:
     width, height = figures.PAGE if names.str.len().max() > 24 else None, (0.16 * len(rows) + 0.15,)
     figure, axes = figures.panels([""], "increase of ASR (points)", ["condition"], height, width=width)
     ax = axes[0, 0]
+    entries = _forest(ax, rows, ["asr_increase", "asr_increase_low", "asr_increase_high"], "p_holm", names)
+    ax.axvline(100 * tolerance, color="black", linestyle="--", linewidth=0.8)
+    tolerated = figures.line(color="black", linestyle="--", linewidth=0.8)
+    return figures.legend(figure, {"tolerance": tolerated, **entries})
+
+
+@styled
+def early_minus_late(table: pd.DataFrame) -> Figure:
+    """Forest plot of ASR with the first third of the layers approximated minus ASR with the last, a row per comparison.
+
+    table: of `layer_study.early_against_late`. Filled markers: the Holm-adjusted p-value is below 0.05; open: not."""
+    rows = table.dropna(subset=["difference"]).reset_index(drop=True)
+    height = (0.2 * len(rows) + 0.5,)
+    figure, axes = figures.panels([""], "ASR, early minus late (points)", ["comparison"], height)
+    entries = _forest(axes[0, 0], rows, ["difference", "low", "high"], "p (Holm)", rows["comparison"])
+    return figures.legend(figure, entries)
+
+
+def _forest(ax: Any, rows: pd.DataFrame, columns: list[str], p: str, names: pd.Series) -> dict[str, Any]:
+    """A change and its limits, shares in `columns`, per row; returns the entry of the legend."""
     for place, row in rows.iterrows():
         style = technique_style(row["technique"])
-        values = 100 * row[["asr_increase", "asr_increase_low", "asr_increase_high"]].astype(float)
+        values = 100 * row[columns].astype(float)
         ax.plot(values.iloc[1:], [place, place], color=style.colour, linewidth=1.2)
-        fill = style.colour if row["p_holm"] < 0.05 else "white"
+        fill = style.colour if row[p] < 0.05 else "white"
         ax.plot(values.iloc[0], place, color=style.colour, marker=style.marker, markerfacecolor=fill, markersize=4.5)
     ax.axvline(0, color=INK, linewidth=0.5)
-    ax.axvline(100 * tolerance, color="black", linestyle="--", linewidth=0.8)
     ax.set_yticks(range(len(rows)), names)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    entries = {"tolerance": figures.line(color="black", linestyle="--", linewidth=0.8)}
-    entries |= {"filled: p (Holm) < 0.05": figures.line(color=INK, marker="o", linestyle="none")}
-    return figures.legend(figure, entries)
+    return {"filled: p (Holm) < 0.05": figures.line(color=INK, marker="o", linestyle="none")}
 
 
 @styled

@@ -222,6 +222,15 @@ def _percent(share: float) -> str:
     return "-" if np.isnan(share) else f"{100 * share:.0f} %"
 
 
+def layers_text(rows: pd.DataFrame) -> str:
+    """The second observation at equal damage, from the rows of its figure."""
+    found = rows.set_index("comparison").loc["equal damage"]
+    value, low, high = (f"{100 * found[name]:+.1f}" for name in ("difference", "low", "high"))
+    said = "holds" if found["low"] > 0 else "is not shown"
+    return f"""That the first layers matter most {said} on `tiny-llama` at equal damage to fluency (`05_layer_sensitivity`): noise
+in the first third of the layers instead of the last changed ASR by {value} points ({low} to {high}, three draws)."""
+
+
 def variants_text(rows: pd.DataFrame, attacks: pd.DataFrame) -> str:
     """A table of the variants of the defence and a sentence on attacks, from the rows of the two figures."""
     first, parts = rows.iloc[0], rows.set_index(["recipe", "approximation"])
@@ -276,10 +285,11 @@ def committed_rows(figure: str) -> pd.DataFrame:
 
 def readme_parts() -> dict[str, str]:
     """What stands between the README's markers, by their name: from the rows of the committed figures."""
-    kinds = ("defence", "defence_variants", "defence_attacks", "placement")
-    defence, variants, attacks, placement = (committed_rows(f"{kind}_tiny-llama") for kind in kinds)
+    kinds = ("defence", "defence_variants", "defence_attacks", "placement", "layers_early_late")
+    defence, variants, attacks, placement, layers = (committed_rows(f"{kind}_tiny-llama") for kind in kinds)
     return {
         "findings": findings_text(committed_rows("headline")),
+        "layers": layers_text(layers),
         "defence": "\n".join(f"- {sentence}" for sentence in defence_study.conclusions(defence)),
         "variants": variants_text(variants, attacks),
         "placement": placement_text(placement),

@@ -157,6 +157,22 @@ def drift() -> Figure:
     return state_plots.drift_curves(pd.DataFrame(rows))
 
 
+def differences() -> pd.DataFrame:
+    """Three comparisons, one of which failed."""
+    names = ["equal level, 1 x MVA", "equal damage", "TEAL 65%"]
+    table = pd.DataFrame({"comparison": names, "technique": ["gaussian", "gaussian", "teal"]})
+    table = table.assign(difference=[0.1, np.nan, -0.02], low=[0.04, np.nan, -0.1], high=0.2)
+    return table.assign(**{"p (Holm)": [0.01, 1, 1]})
+
+
+def test_early_minus_late_leaves_out_what_failed():
+    figure = plots.early_minus_late(differences())
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ["equal level, 1 x MVA", "TEAL 65%"]
+    filled, open_one = (line for line in figure.axes[0].lines if line.get_marker() != "None")
+    assert filled.get_xdata() == [10.0] and open_one.get_markerfacecolor() == "white" != filled.get_markerfacecolor()
+
+
 DRAWINGS: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "dose_one": lambda t: plots.dose_response(only(t, "gaussian", "tiny-llama"), "noise std"),
     "dose_variants": lambda t: plots.dose_response(
@@ -170,6 +186,7 @@ DRAWINGS: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "ranges": lambda t: measured_ranges(),
     "families": plots.families,
     "paired_changes": lambda t: plots.paired_changes(t[(t["model"] == "tiny-llama") & (t["variant"] != "per tensor")]),
+    "early_minus_late": lambda t: plots.early_minus_late(differences()),
     "heat_map": lambda t: plots.heat_map(
         failed(t, (t["technique"] == "bolt") & (t["model"] == "tiny-qwen")).drop_duplicates(
             ["model", "technique"], keep="last"
