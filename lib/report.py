@@ -227,8 +227,9 @@ def layers_text(rows: pd.DataFrame) -> str:
     found = rows.set_index("comparison").loc["equal damage"]
     value, low, high = (f"{100 * found[name]:+.1f}" for name in ("difference", "low", "high"))
     said = "holds" if found["low"] > 0 else "is not shown"
-    return f"""That the first layers matter most {said} on `tiny-llama` at equal damage to fluency (`05_layer_sensitivity`):
-noise in the first third of the layers instead of the last changed ASR by {value} points ({low} to {high}, three draws)."""
+    return f"""That the first layers matter most {said} on `tiny-llama` at equal damage to fluency: noise in the first
+third of the layers instead of the last changed ASR by {value} points ({low} to {high}, three draws;
+`05_layer_sensitivity`)."""
 
 
 def variants_text(rows: pd.DataFrame, attacks: pd.DataFrame) -> str:
