@@ -46,10 +46,11 @@ def part_by_part(
             if len(part) == 1 or not batch_is_free(model):
                 advice = advice if len(part) > 1 else "use more GPUs or a smaller model"
                 raise torch.OutOfMemoryError(f"out of GPU memory; {advice}") from None
-            torch.cuda.empty_cache()
-            size = len(part) // 2
         else:
             items = items[size:]
+            continue
+        torch.cuda.empty_cache()  # here, where nothing holds the tensors of the pass that failed
+        size = len(part) // 2
 
 
 def map_batches(
