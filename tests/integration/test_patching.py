@@ -168,6 +168,10 @@ def test_only_the_chosen_layers(family):
     with approximated(model, Scale(1.1, ("attn_out", "norm_final")), layers=[0]) as hits:
         logits(model)
     assert set(hits.counts) == {(0, "attn_out")}
+    for layer in (0, 1):
+        with approximated(model, ExactOperations(), layers=[layer]) as hits:
+            logits(model)
+        assert ((FINAL, "norm_final") in hits.counts) == (layer == 1)  # treated with the last block
 
 
 def test_observing_changes_nothing_and_sees_every_layer(family):

@@ -40,6 +40,17 @@ def test_draws_are_fresh_at_every_call_and_repeat_with_the_seed(kind: Any) -> No
         assert abs(correlation) < 0.02
 
 
+def test_the_second_noise_of_a_pair_has_the_seed_of_the_pair() -> None:
+    noises = [Gaussian(where=("mlp_in",), laplace_down=0.1, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (noise.transform("mlp_mid", 0, None)(ZEROS, STEP) for noise in noises)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_laplace_noise_is_finite_whatever_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))  # whose logarithm is infinite
+    assert Laplace().draw(torch.Size([3]), torch.Generator()).isfinite().all()
+
+
 @pytest.mark.parametrize("kind", [Gaussian, Laplace])
 def test_dtype_is_kept_and_the_input_is_not_edited(kind: Any) -> None:
     x = torch.randn(4, 500, 64).bfloat16()

@@ -277,7 +277,7 @@ def test_calibrated_nexus_serves_its_ranges():
     assert set(state) == {"0.gate_range", "1.gate_range", "-1.norm_final.factor", *norms}
     assert state["0.norm_attn.factor"] > 2 * state["0.norm_mlp.factor"]
     assert state["0.gate_range"].item() == 4 * 12
-    assert Nexus(parts=("softmax",)).needs_calibration is False
+    assert [Nexus(parts=part).needs_calibration for part in ("activation", "softmax", "norm")] == [True, False, True]
     with pytest.raises(ValueError, match="calibrate"):
         technique.operation("norm", 0, None, "norm_attn")
     x = torch.linspace(-48, 48, 4001)
@@ -313,6 +313,11 @@ def test_a_mean_square_within_the_margin_is_served_and_one_beyond_is_not(margin,
     assert bool(error < 1e-3) == served
 
 
+def test_the_iterations_of_a_nexus_softmax_reach_its_tolerance():
+    d, k = nexus.softmax_constants(torch.tensor([2, 9, 128, 4096]))
+    assert ((1 - d) ** (2.0 ** (k + 1)) <= nexus.TOLERANCE).all()
+
+
 @pytest.mark.parametrize("system", (*FIXED, nexus))
 def test_a_norm_of_zeros_is_zero(system):
     assert system.normalise(torch.zeros(2, 8), arithmetic="real").eq(0).all()
@@ -344,6 +349,40 @@ def test_the_mean_square_of_few_channels_is_the_rings_own(fraction_bits, value):
     ours = iron.normalise(torch.full((1, channels), value), fraction_bits=fraction_bits, ring_bits=48)
     result = fixed_point.multiply(torch.tensor([encoded]), root, fraction_bits, 48)
     assert float(ours[0, 0]) == int(result) / 2**fraction_bits
+
+
+def test_the_public_constant_of_a_mean_has_24_bits():
+    assert int(fixed_point.mean_of(torch.tensor(3072 * 5000), 3072)) == 4999  # with 18 bits 4980
+
+
+def test_bumblebee_rounds_the_public_constant_of_its_mean():
+    ones = torch.ones(1, 2304, dtype=torch.float64)
+    mean = 2304 * 114 / 2**18  # 113.8 units of 2^-18
+    assert bumblebee.normalise(ones).mean().item() == pytest.approx(mean**-0.5, abs=3e-4)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_bumblebee_adds_epsilon_to_the_mean_square(eps):
+    quiet = torch.full((1, 64), 2.0**-8, dtype=torch.float64)
+    assert torch.allclose(bumblebee.normalise(quiet, eps), quiet / (2.0**-16 + eps) ** 0.5, rtol=0.1)
+
+
+def test_a_published_norm_of_bolt_keeps_five_fraction_bits():
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    published = Bolt(published=True).operation("norm", 0, None)(x, 1e-6)
+    assert torch.equal(published * 32, (published * 32).round())
+
+
+def test_a_divisor_of_less_than_a_unit_is_read_as_a_unit():
+    unit, none = iron.reciprocal(torch.tensor([2.0**-12, 0.0], dtype=torch.float64))
+    assert unit == none
+
+
+@pytest.mark.parametrize(("fraction_bits", "largest"), [(14, 1e-3), (15, 1e-5), (16, 1e-5)])
+def test_an_inverse_root_of_more_than_14_bits_takes_a_second_newton_step(fraction_bits, largest):
+    v = torch.logspace(-1, 1, 2001, dtype=torch.float64)
+    real, fixed = (fixed_point.rsqrt(v, arithmetic, fraction_bits) * v.sqrt() - 1 for arithmetic in ("real", "fixed"))
+    assert real.abs().max() < largest and fixed.abs().max() < 3e-4
 
 
 def test_scores_across_the_edge_of_the_ring_differ_by_little():

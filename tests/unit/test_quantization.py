@@ -243,6 +243,52 @@ def test_training_starts_from_the_initial_scales_and_leaves_them_alone() -> None
     assert not any(value.requires_grad for value in trained.values())
 
 
+class TwoLayers(TinyStatistics):
+    """The same block twice."""
+
+    n_layers = 2
+
+    def dense_inputs(self, layer: int) -> Tensor:
+        return self.reference if layer else self.x
+
+    def run_block(
+        self, layer: int, inputs: Tensor, technique: Technique | None = None, state: State | None = None
+    ) -> Tensor:
+        state = {f"0.{name.partition('.')[2]}": value for name, value in (state or {}).items()}  # for `applied`
+        return super().run_block(layer, inputs, technique, state)
+
+
+def test_an_earlier_block_hands_rounded_inputs_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its targets are those of exact inputs; only the loss that is off by default asks for the rounded ones'."""
+    calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def spy(run_block: Any, initial: Any, inputs: Any, targets: Any, auxiliary: Any, **options: Any) -> Any:
+        calls.append(((inputs, targets, auxiliary), options))
+        return initial
+
+    monkeypatch.setattr(omniquant, "train_block", spy)
+    statistics = TwoLayers(*calibrated()[:2])
+    technique = OmniQuant(bits=4, epochs=7, learning_rate=0.5)
+    state = technique.fit(statistics)
+    (first, _), ((inputs, targets, auxiliary), options) = calls
+    rounded = torch.cat([statistics.run_block(0, x, technique, state) for x in first[0]])
+    assert torch.equal(torch.cat(inputs), rounded) and not torch.equal(rounded, statistics.reference)
+    assert torch.equal(torch.cat(targets), statistics.run_block(1, statistics.reference)) and auxiliary is None
+    assert (options["epochs"], options["learning_rate"]) == (7, 0.5)
+    OmniQuant(bits=4, aug_loss=True).fit(statistics)
+    inputs, _, auxiliary = calls[-1][0]
+    assert torch.equal(auxiliary[0], statistics.run_block(1, inputs[0]))
+
+
+def test_scales_move_by_the_loss_alone_and_not_to_zero() -> None:
+    ones, zeros = [torch.ones(1, 2, 3)], [torch.zeros(1, 2, 3)]
+    idle = train_block(lambda scales, x: x + 0 * scales["qk"].sum(), {"qk": torch.full((3,), 2.0)}, ones, zeros)
+    assert idle["qk"].tolist() == [2.0] * 3  # no decay
+    start = {"qk": torch.full((3,), 0.05)}
+    towards = train_block(lambda scales, x: x * scales["qk"], start, ones, zeros, epochs=300, learning_rate=0.01)
+    assert (towards["qk"].abs() >= omniquant.SMALLEST_SCALE).all()
+
+
 def test_aug_loss_adds_the_second_target() -> None:
     seen = []
 
