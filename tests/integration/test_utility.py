@@ -98,6 +98,22 @@ def test_the_likeliest_choice_wins():
     assert right.tolist() == [best == 0, best == 1]
 
 
+def test_the_right_sentence_must_be_likelier_than_every_wrong_one():
+    model, tokenizer, colours = random_model("llama"), Bytes(), ("red", "blue", "green")
+    sums, lengths = utility.reply_losses(model, tokenizer, ["Which?"] * 3, [f"It is {c}." for c in colours])
+    best, middle, worst = (colours[i] for i in np.argsort(sums / lengths))
+    fact = Fact("1", "Which?", middle, f"It is {middle}.", (worst, best))
+    assert utility.closed_answers(model, tokenizer, [fact]).tolist() == [False]
+
+
+def test_answers_and_facts_are_asked_for_in_the_protocol(monkeypatch):
+    model, tokenizer, seen, losses = random_model("llama"), Bytes(), [], utility.reply_losses
+    monkeypatch.setattr(utility, "reply_losses", lambda *given: seen.append(given[4:]) or losses(*given))
+    utility.answer_perplexity(model, tokenizer, PROMPTS, REPLIES, "quada")
+    utility.closed_answers(model, tokenizer, [Fact("1", "Which?", "red", "It is red.", ("blue",))], "quada")
+    assert seen == [("quada",)] * 2
+
+
 def test_a_tie_is_no_right_answer():
     model, tokenizer = random_model("llama"), Bytes()
     fact = Fact("1", "Which colour?", "red", "It is red.", ("red",))

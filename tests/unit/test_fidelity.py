@@ -42,6 +42,8 @@ def test_asr_at_matched_utility_interpolates_in_log_ratio_and_stops_at_the_sweep
     assert row["ASR at x1.05"] == pytest.approx(0.05 + share * 0.35)
     assert row["ASR at x1.10"] == pytest.approx(0.4)
     assert np.isnan(row["ASR at x5.00"])
+    row = fidelity.at_matched_utility(table(asr=(0.2, 0.4, 0.1), ratio=(1.02, 1.1, 3.0)), (1.01,)).iloc[0]
+    assert 0.05 < row["ASR at x1.01"] < 0.2  # between the exact model and the mildest level
 
 
 def test_trends_see_a_rise_and_leave_the_exact_model_out():
@@ -59,7 +61,12 @@ def test_a_rate_that_rises_as_bits_are_taken_away_has_a_rising_trend(level_name)
 @pytest.mark.parametrize(("answered", "expected"), [((0.99, 0.95, 0.1), True), ((0.99, 0.5, 0.1), False)])
 def test_safety_first_needs_a_useful_level(answered, expected):
     row = fidelity.findings(table(answered=answered)).iloc[0]
-    assert row["safety first"] == expected and row["highest ASR"] == 0.4
+    assert row["safety first"] == expected and row["highest ASR"] == 0.4 and row["there: perplexity ratio"] == 1.1
+
+
+def test_a_useful_condition_answers_80_percent_and_costs_less_than_20():
+    useful = fidelity.useful_rows(table(answered=(0.8, 0.79, 0.9), ratio=(1.1, 1.1, 1.2)))
+    assert useful[1:].tolist() == [True, False, False]
 
 
 def test_what_was_not_measured_is_not_called_useless():
@@ -102,6 +109,37 @@ def test_errors_are_of_the_chosen_layers_from_one_exact_pass(study):
     assert shown["up-projection input"].std() == pytest.approx(table["up: Gaussian std"][0], rel=1e-3)
     late, _ = fidelity.paper_errors(study, [coarse], layers=[1])
     assert late["up: std, first layer"].item() == 0 < late["up: std, last layer"].item()
+
+
+def test_skewed_errors_are_summarised_by_their_mean_and_around_their_median(study, monkeypatch):
+    values = torch.tensor([0.0, 0.0, 0.0, -1.0, -9.0])
+    errors = {f"{layer}.{site}": values for layer in (0, 1) for site in fidelity.PAPER_SITES.values()}
+    monkeypatch.setattr(fidelity, "site_errors", lambda *_: errors)
+    row = fidelity.paper_errors(study, [make("cats")])[0].iloc[0]
+    assert row[["down: mean", "down: Laplace b"]].tolist() == pytest.approx([-2, 2])
+
+
+def test_ranges_are_quantiles_of_the_gate_and_of_the_mean_square(study):
+    ids = fidelity.text_windows(study, study.calibration_texts)
+    tensors = fidelity.site_tensors(study, ids, None, ("gate", "block_out"))
+    rows = fidelity.ranges(study).set_index(["quantity", "layer"])[["minimum", "low", "median", "high", "maximum"]]
+    for layer in (0, 1):
+        gate, square = tensors[f"{layer}.gate"], tensors[f"{layer}.block_out"].square().mean(-1)
+        for quantity, values in ((fidelity.GATE, gate), (fidelity.SQUARE, square)):
+            assert rows.loc[(quantity, layer)].tolist() == pytest.approx(np.quantile(values, (0, 0.01, 0.5, 0.99, 1)))
+
+
+def test_sparsity_is_measured_on_text_that_no_threshold_was_set_on(study, monkeypatch):
+    read, windows = [], fidelity.text_windows
+
+    def spy(study, texts):
+        read.append(texts)
+        return windows(study, study.calibration_texts)
+
+    monkeypatch.setattr(fidelity, "text_windows", spy)
+    study.prose = "held out"
+    fidelity.realised_sparsity(study, make("cats"))
+    assert read == [["held out"]]
 
 
 def test_a_technique_whose_calibration_diverges_is_left_out(study, monkeypatch, caplog):

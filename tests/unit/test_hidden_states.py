@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from scipy.spatial.distance import pdist
 from sklearn.decomposition import PCA
 
@@ -65,6 +67,8 @@ def test_an_approximation_in_the_last_layer_leaves_the_first_alone(study):
     exact = hs.capture(study, study.prompts)
     rough = hs.capture(study, study.prompts, make("gaussian", std=0.5), layers=[1])
     assert np.array_equal(exact[0], rough[0]) and not np.allclose(exact[1], rough[1], atol=1e-2)
+    mild = make("gaussian", std=0.1)
+    assert np.array_equal(hs.capture_all(study, study.prompts, [mild], layers=[1])[mild][0], exact[0])
 
 
 def test_capture_states_its_bounds(study):
@@ -86,6 +90,11 @@ def test_the_direction_places_the_two_means_half_a_gap_from_the_middle():
     assert places[:60].mean() == pytest.approx(0.5, abs=1e-6) and places[60:].mean() == pytest.approx(-0.5, abs=1e-6)
     assert np.linalg.norm(direction.u) == pytest.approx(1) and abs(direction.u[0]) > 0.9
     assert hs.fisher_separation(direction.place(clouds(seed=1)), LABELS) > 5
+
+
+def test_fisher_separation_divides_by_the_variances_of_samples():
+    labels = ["harmful", "harmful", "harmless", "harmless"]
+    assert hs.fisher_separation(np.array([2.0, 4.0, 0.0, -2.0]), labels) == pytest.approx(16 / (2 + 2))
 
 
 def test_a_layer_in_which_all_states_are_alike_has_no_direction_and_is_never_the_best():
@@ -120,6 +129,49 @@ def test_the_probe_meets_only_unseen_groups_and_shuffled_labels_give_chance():
     assert abs(hs.probe_accuracy(noise, {"x": noise}, truth, groups)["x"] - 0.5) < 0.2
 
 
+def test_a_probe_that_says_harmful_to_all_is_right_half_the_time():
+    states, truth = clouds()[:90], (LABELS == "harmful")[:90]  # 60 harmful, 30 harmless
+    far = np.zeros_like(states)
+    far[:, 0] = 50
+    assert hs.probe_accuracy(states, {"far": far}, truth, np.arange(90))["far"] == 0.5
+
+
+def test_prompts_with_a_common_goal_are_in_one_fold(monkeypatch):
+    met = []
+
+    def probe(exact, tests, labels, groups):
+        met.append(groups)
+        return dict.fromkeys(tests, 0.5)
+
+    monkeypatch.setattr(hs, "probe_accuracy", probe)
+    asked = [Prompt(id=str(i), prompt="x", goal=f"goal {i % 30}", label=str(x)) for i, x in enumerate(LABELS)]
+    states = {0: clouds()}
+    hs.layer_table(states, states, asked, {0: hs.refusal_direction(clouds(), LABELS)})
+    assert met[0] == [prompt.goal for prompt in asked]
+
+
+def test_the_share_of_random_directions_is_what_their_distribution_says(monkeypatch):
+    monkeypatch.setattr(hs, "CONTROLS", 50_000)
+    states = clouds()
+    row = hs.drift(states, states + clouds(seed=5), LABELS, hs.refusal_direction(clouds(seed=1), LABELS))
+    squared_cosine = stats.beta(0.5, 5.5)  # with any direction, in 12 dimensions
+    assert row["random share"] == pytest.approx(squared_cosine.ppf(0.975), rel=0.05)
+
+
+def test_cosine_drift_is_of_harmful_prompts_and_seen_from_the_midpoint():
+    states, steps = clouds().astype(float), clouds(seed=4)
+
+    def drifted(rows, offset=0.0):
+        moved = states.copy()
+        moved[rows] += steps[rows]
+        direction = hs.refusal_direction(states + offset, LABELS)
+        return hs.drift(states + offset, moved + offset, LABELS, direction)["cosine drift"]
+
+    harmful = drifted(LABELS == "harmful")
+    assert 0.05 < harmful == pytest.approx(drifted(LABELS == "harmful", offset=100.0))
+    assert drifted(LABELS == "harmless") == pytest.approx(0, abs=1e-9)
+
+
 def test_drift_tells_a_move_from_a_blur_and_from_chance():
     states, direction = clouds(), hs.refusal_direction(clouds(seed=1), LABELS)
     moved = states.copy()
@@ -152,6 +204,50 @@ def test_flips_compare_at_equal_margin():
     row = hs.flips(margins, moved + 0.3 * flipped, flipped)
     assert row["matched difference"] == pytest.approx(0.3, abs=0.02) and row["low"] > 0.25
     assert "matched difference" not in hs.flips(margins, moved, np.zeros(400, dtype=bool))
+
+
+def test_flipped_prompts_without_three_others_near_are_not_matched():
+    margins = np.array([0.5] * 6 + [0.3] * 5 + [0.7] * 5 + [-0.3] * 3 + [1.3] * 3)
+    assert margins.std() / 4 < 0.2 < margins.std()
+    assert hs.flips(margins, margins, np.arange(22) < 6)["matched"] == 0
+
+
+class Flips:
+    """A study of 40 harmful and 20 harmless requests that refuses 30; approximated, every third is complied with."""
+
+    def __init__(self):
+        verdicts = ["complied"] * 10 + ["refused"] * 30 + ["complied"] * 20
+        labels = ["harmful"] * 40 + ["harmless"] * 20
+        self.exact = pd.DataFrame({"id": [str(i) for i in range(60)], "label": labels, "verdict": verdicts})
+        self.asked = []
+
+    def run(self, technique=None, layers=None):
+        self.asked.append((technique, layers))
+        flipped = ["refused" if i % 3 else "complied" for i in range(60)]
+        return self.exact if technique is None else self.exact.assign(verdict=flipped)
+
+
+def test_flips_are_among_refused_harmful_requests_under_the_technique_in_its_layers():
+    study, technique, places = Flips(), make("teal"), np.linspace(0, 1, 60)
+    after = places - np.where(np.arange(60) % 3, 0.1, 0.5)
+    asked = [Prompt(id=str(i), prompt="x") for i in range(60)]
+    found = hs.flip_table(study, asked, {technique: after, make("gaussian"): after}, places, [0])
+    assert study.asked == [(None, None), (technique, [0])]
+    assert found[["flipped", "others", "difference"]].to_numpy().tolist() == [pytest.approx([10, 20, 0.4])]
+
+
+def test_the_third_observation_asks_for_more_than_harmless_prompts_may_move():
+    def held(low=0.05, high=0.15, shuffled=0.4):
+        limits = {"towards harmless_low": 0.2, "towards harmless_high": 0.4, "towards harmful": (low + high) / 2}
+        limits |= {"towards harmful_low": low, "towards harmful_high": high, "towards harmless": 0.3}
+        shares = {"share along": 0.5, "shuffled share": shuffled, "random share": 0.1}
+        row = hs.third_observation(pd.DataFrame([{"technique": "teal", "layer": 3, **limits, **shares}])).iloc[0]
+        return row[["not a blur", "not a translation", "not by chance", "held"]].tolist()
+
+    assert held() == [True] * 4
+    assert held(low=0.13, high=0.25) == [False, True, True, False]
+    assert held(low=-0.25, high=-0.1) == [True, False, True, False]
+    assert held(shuffled=0.6) == [True, True, False, True]
 
 
 def test_layer_table_and_the_third_observation(study):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import layer_study, noise_study, prompts, statistics, summary
+from lib import fidelity, layer_study, noise_study, prompts, statistics, summary
 from lib.approximations import make
 from lib.conditions import Condition
 from lib.errors import ChoiceError
@@ -55,6 +55,17 @@ def test_levels_at_damage_do_that_damage(study):
         low, high = (noise_study.answer_perplexity(study, at(level * f)) / exact for f in (0.9, 1.1))
         assert low < ratio < high
     assert noise_study.level_at_damage(study, at, 1.1) < noise_study.level_at_damage(study, at, 1.5)
+
+
+def test_each_set_of_layers_has_a_level_of_its_own_also_after_a_search_of_all(study, monkeypatch):
+    def answer_perplexity(study, technique, layers=None):
+        return 1.0 if technique is None else 1.0 + {None: 10.0, (0,): 4.0, (1,): 1.0}[layers] * technique.std
+
+    monkeypatch.setattr(noise_study, "answer_perplexity", answer_perplexity)
+    at = noise_study.FAMILIES["norm"]
+    assert noise_study.level_at_damage(study, at, 2.0) == pytest.approx(0.1, rel=0.05)
+    single = layer_study.at_damage(study, at, 2.0, {"single": [(0,), (1,)]})
+    assert [condition.level for condition in single] == pytest.approx([0.25, 1.0], rel=0.05)
 
 
 def test_a_level_is_searched_again_for_other_answers_and_other_code(study, monkeypatch):
@@ -192,6 +203,7 @@ def test_labels_of_other_sets_keep_their_meaning(monkeypatch):
     assert Counter((p.id.split("-")[0], p.label) for p in found) == {
         ("xstest", "harmful"): 4, ("xstest", "confusable"): 2, ("alpaca", "harmless"): 4}  # fmt: skip
     assert {p.label for p in prompts.for_study("bare", "test", 4, 0) if p.id.startswith("bare")} == {"harmful"}
+    assert {p.split for p in prompts.for_study("bare", "search", 4, 0)} == {"search"}  # of the sets that join it too
     with pytest.raises(ValueError, match="does not say which of its requests are harmful"):
         prompts.for_study("beaver", "test", 4, 0)
 
@@ -218,11 +230,20 @@ def test_matched_noise_arrives_with_the_size_of_the_techniques_error(study):
     assert noises["matched"].std < noises["injected"].std  # upstream errors add to it
 
 
-def test_measured_and_predicted_are_of_the_same_prompts(study):
+def test_the_size_of_skewed_errors_is_measured_around_their_median(study, monkeypatch):
+    errors = {"0.mlp_in.up": torch.tensor([1.0, -1.0, 3.0]), "0.mlp_mid": torch.tensor([0.0, 0.0, 0.0, 1.0, 9.0])}
+    monkeypatch.setattr(fidelity, "site_errors", lambda *_: errors)
+    assert noise_study.error_sizes(study, make("cats")) == pytest.approx((2.0, 2.0))
+
+
+def test_measured_and_predicted_are_of_the_same_prompts(study, monkeypatch):
+    seeds, summaries = [], noise_study.summaries
+    monkeypatch.setattr(noise_study, "summaries", lambda *given: seeds.append(given[2]) or summaries(*given))
     rounding = Condition(make("smoothquant", bits=3, smooth=False), "bits", 3.0)
     table = noise_study.against_measured(study, study.brief(4), [rounding])
     assert table["prediction"].tolist() == ["injected", "matched"] and (table["n_harmful"] == 4).all()
     assert noise_study.agreement(table)["conditions"].tolist() == [1, 1]
+    assert seeds == [noise_study.FRESH_SEEDS[:1]] * 2  # of no search
 
 
 def test_conditions_that_fail_are_left_out_of_predictions_and_of_differences(study):

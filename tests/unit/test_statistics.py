@@ -1,6 +1,7 @@
 """Statistics against textbook values, definitions written out here, and their own error rates under simulation."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,6 +97,8 @@ def test_bootstrap_agrees_with_the_normal_interval_and_is_reproducible():
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
     assert st.bootstrap(values, seed=3) == (low, high) != st.bootstrap(values, seed=4)
     assert st.bootstrap([2.0]) == (2.0, 2.0)
+    low, high = st.bootstrap([0.0] * 9 + [1.0])
+    assert 0 <= low < 0.1 < high  # percentiles of means stay within the values
     with pytest.raises(ValueError):
         st.bootstrap([])
 
@@ -164,6 +167,12 @@ def test_decision_is_three_way():
     assert _decision(onset, still, still) == st.Decision("undecided", ("asr",), None)  # no size decides 0.05 from 0.05
 
 
+def test_a_limit_that_is_the_tolerance_itself_decides_nothing():
+    still = _change(0, 0, 520)
+    limits = replace(still, high=0.05), replace(still, difference=0.06, low=0.05, high=0.07)
+    assert [_decision(change, still, still).decision for change in limits] == ["undecided"] * 2
+
+
 def test_the_size_that_decides_is_one_of_harmful_prompts_whatever_criterion_asks_for_it():
     still, unsure = _change(0, 0, 520), _change(16, 4, 200)
     alone = _decision(unsure, still, still).n_needed
@@ -175,6 +184,8 @@ def test_one_criterion_beyond_its_tolerance_decides_without_the_others():
     alone = _decision(worse, still, still).n_needed
     assert alone < 300 < 10_000 < _decision(near, still, still).n_needed
     assert _decision(worse, near, near).n_needed == _decision(worse, near, None).n_needed == alone
+    later = _change(11, 0, 200)  # 5.5 % more takes longer to be shown
+    assert _decision(worse, later, still).n_needed == alone < _decision(later, still, still).n_needed
     more = math.ceil(1.1 * alone / 200)
     assert _decision(_change(16 * more, 0, 200 * more), near, near).decision == "not re-validated"
 
