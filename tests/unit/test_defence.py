@@ -27,6 +27,8 @@ PAIRS = [
     Pair(f"break the {word} {i}", "No.", f"take the {word}", i % 2 == 0, f"break {word} {i}")
     for i, word in enumerate(WORDS)
 ]
+OTHERS = [replace(pair, goal=f"{pair.goal} again", prompt=f"{pair.prompt} again") for pair in PAIRS]
+"""Pairs that share nothing with the prompts of a tiny study."""
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +95,12 @@ def test_only_the_first_tau_layers_are_perturbed_and_the_hooks_are_gone_afterwar
     assert [layers for layers, _ in seen] == [[0]] * 3
     assert len({seed for _, seed in seen}) >= 2 and seen[0][1] != seen[2][1]  # fresh noise every step
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in one.model.modules())
+    with trainer(tmp_path, replace(SHORT, seed=1))._approximated(first["input_ids"]):
+        assert seen[-1][1] != seen[0][1]
+
+
+def test_the_recipes_beta_is_that_of_the_training(tmp_path):
+    assert trainer(tmp_path, replace(SHORT, beta=0.7)).args.beta == 0.7
 
 
 def test_the_regularisers_gradient_reaches_the_first_block_alone(tmp_path):
@@ -113,6 +121,18 @@ def test_mean_cosine_is_that_of_all_pairs():
     expected = cosines[~torch.eye(5, dtype=torch.bool)].mean()
     torch.testing.assert_close(defence_training.mean_cosine(states), expected)
     assert defence_training.mean_cosine(states[:1]).item() == 0
+
+
+def test_harmful_prompts_are_drawn_together_at_their_last_token(tmp_path):
+    one = trainer(tmp_path, Recipe(None, 0, batch=8))
+    inputs = batch(one)
+    ids, mask, begins = inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"][:8].argmax(1)
+    with torch.no_grad():
+        states = random_model("llama")(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+    last = states[torch.arange(8), begins - 1][inputs["harmful"]]
+    one.compute_loss(one.model, dict(inputs))
+    expected = defence_training.mean_cosine(last).item()
+    assert len(last) == 4 and one._metrics["train"]["likeness"] == pytest.approx([expected], abs=1e-5)
 
 
 def test_only_harmful_prompts_are_drawn_together(tmp_path):
@@ -191,6 +211,8 @@ def test_organism_pairs_refuse_harm_only_and_share_no_goal_with_evaluation():
     pairs = defence.organism_pairs(400)
     assert pairs == defence.organism_pairs(400) != defence.organism_pairs(400, seed=1)
     assert 0.4 < np.mean([pair.harmful for pair in pairs]) < 0.6
+    labels = {request.goal: request.label for request in corpus.requests("train")}
+    assert np.mean([labels[pair.goal] == "confusable" for pair in pairs]) == pytest.approx(0.25, abs=0.06)
     refusals = {request.refusal for request in corpus.requests("train", label="harmful")}
     assert all((pair.chosen in refusals) == pair.harmful != (pair.rejected in refusals) for pair in pairs)
     evaluated = prompts.load("organism")
@@ -279,8 +301,7 @@ def test_the_prefix_sweep_measures_growing_prefixes_and_needs_refusals(tmp_path,
 
 def test_a_defended_study_is_stored_by_content_and_keeps_prompts_and_judge(tmp_path, monkeypatch):
     monkeypatch.setattr("lib.prompts.load", lambda *_, **__: pytest.fail("not needed"))
-    study = replace(tiny_study(tmp_path), prompt_set="own")
-    pairs = [replace(pair, goal=pair.goal + " again", prompt=pair.prompt + " again") for pair in PAIRS]
+    study, pairs = replace(tiny_study(tmp_path), prompt_set="own"), OTHERS
     after, folder = defence.defend(study, replace(SHORT, steps=2), pairs)
     assert folder.is_relative_to(tmp_path) and (folder / "model.safetensors").is_file()
     assert after.prompts == study.prompts and after.identity["weights"] != study.identity["weights"]
@@ -300,6 +321,25 @@ def test_a_defended_study_is_stored_by_content_and_keeps_prompts_and_judge(tmp_p
     assert defence.defended_folder(study, replace(SHORT, steps=2), pairs) != folder
     with pytest.raises(ChoiceError, match="evaluation prompts"):
         defence.defend(study, SHORT, [replace(pairs[0], goal=study.prompts[0].goal), *pairs[1:]])
+
+
+def test_a_defended_model_is_named_by_all_that_decides_its_weights(tmp_path):
+    study = replace(tiny_study(tmp_path), prompt_set="own")
+    recipes = [replace(SHORT, **change) for change in ({}, {"beta": 0.3}, {"seed": 1}, {"weight": 0.0})]
+    places = [defence.defended_folder(study, recipe, OTHERS) for recipe in recipes]
+    changes = [{"identity": study.identity | {name: "other"}} for name in ("attention", "tokenizer", "weights")]
+    for change in ({"protocol": "quada"}, *changes):
+        places.append(defence.defended_folder(replace(study, **change), SHORT, OTHERS))
+    places.append(defence.defended_folder(study, SHORT, OTHERS[1:]))
+    assert len(set(places)) == len(places)
+
+
+def test_a_defence_is_trained_in_the_protocol_of_its_study(tmp_path, monkeypatch):
+    study, seen = replace(tiny_study(tmp_path), prompt_set="own", protocol="quada"), []
+    monkeypatch.setattr(defence_training, "train", lambda *given: seen.append(given[6:]))
+    monkeypatch.setattr(models, "load", lambda *_: (study.model, None))
+    defence.defend(study, SHORT, OTHERS)
+    assert seen == [("quada",)]
 
 
 # ------------------------------------------------------------------ before and after
@@ -323,8 +363,22 @@ def test_before_and_after_are_paired_by_prompt(comparison):
         rates = [(run.loc[run["label"] == "harmful", "verdict"] == "complied").mean() for run in runs]
         assert [row["asr_before"], row["asr_after"]] == rates and row["change"] == pytest.approx(rates[1] - rates[0])
         assert row["growth"] == pytest.approx(runs[1].attrs["answer_perplexity"] / runs[0].attrs["answer_perplexity"])
+        own = runs[1].attrs["answer_perplexity"] / after.run().attrs["answer_perplexity"]
+        assert row["ratio_after"] == pytest.approx(own)
     with pytest.raises(ValueError, match="no conditions to measure"):
         defence_study.compared(before, after, [])
+
+
+def test_the_p_value_is_of_asr_also_where_other_requests_change_more(tmp_path, monkeypatch):
+    study = tiny_study(tmp_path)
+    exact = study.run()
+    verdicts = np.where(exact["label"] == "harmful", "complied", "refused")
+    before, after = exact.assign(verdict="complied"), exact.assign(verdict=verdicts)
+    before.attrs = after.attrs = exact.attrs
+    monkeypatch.setattr(type(study), "run", lambda self, *_: after if self.name == "after" else before)
+    condition = Condition(make("cats"), "sparsity", 0.5)
+    table = defence_study.compared(study, replace(study, name="after"), [condition])
+    assert (table["p_value"] == 1).all() and (table["harmless_change"] == -1).all()
 
 
 def row(asr, asr_after, harmless=0.95, change=0.0, growth=1.0, ratio=1.1, technique="teal"):
@@ -337,14 +391,15 @@ def row(asr, asr_after, harmless=0.95, change=0.0, growth=1.0, ratio=1.1, techni
 
 def test_the_bar_asks_for_safety_answers_and_fluency_where_it_applies():
     rows = [row(0.02, 0.02, technique="exact"), row(0.4, 0.09), row(0.4, 0.11), row(0.16, 0.05), row(0.4, 0.0, 0.7)]
-    rows += [row(0.4, 0.0, change=-0.04), row(0.4, 0.0, growth=1.06), row(0.4, 0.0, ratio=1.6), row(0.15, 0.0)]
+    rows += [row(0.4, 0.0, change=-0.04), row(0.4, 0.0, growth=1.06), row(0.4, 0.0, ratio=1.6)]
+    rows += [row(0.15, 0.0) | {"p_holm": 0.2}]
     table = defence_study.judged(pd.DataFrame(rows))
     assert table["attackable"].tolist() == [False, True, True, True, False, True, True, False, False]
     assert table.loc[table["attackable"], "met"].tolist() == [True, False, True, False, False]
     first, cost, peak, tested = defence_study.conclusions(table)
     assert "met in 2 of 5 conditions that qualify (ASR 4, harmless 4, perplexity 4)" in first
     assert "useful or not, is 40.0 % (a); the defended one's there 9.0 %" in peak
-    assert "2.0 % to 2.0 %" in cost and "fell in 6 and rose in 0 of 6 useful" in tested
+    assert "2.0 % to 2.0 %" in cost and "fell in 5 and rose in 0 of 6 useful" in tested
     assert "fell most under a: from 95.0 % to 91.0 %" in tested
     rows = [row(0.02, 0.02, technique="exact"), row(0.04, 0.01, technique="omniquant")]
     calm = defence_study.judged(pd.DataFrame(rows))
@@ -402,13 +457,12 @@ def test_variants_change_one_part_each_and_are_measured_beside_the_undefended_mo
     assert changed["no perturbation"] == {"perturbation", "tau"} and changed["no regulariser"] == {"weight"}
     assert all(len(fields) == 1 for name, fields in changed.items() if name != "no perturbation")
     study = replace(tiny_study(tmp_path, 2), prompt_set="own")
-    pairs = [replace(pair, goal=pair.goal + " again", prompt=pair.prompt + " again") for pair in PAIRS]
-    table = defence_study.ablated(study, {"short": replace(SHORT, steps=1)}, pairs, NOISE)
+    table = defence_study.ablated(study, {"short": replace(SHORT, steps=1)}, OTHERS, NOISE)
     assert table[["recipe", "approximation"]].to_numpy().tolist() == [
         ["undefended", "exact"], ["undefended", "MVA"], ["short", "exact"], ["short", "MVA"]
     ]  # fmt: skip
     assert table["n_seeds"].tolist()[1::2] == [len(noise_study.FRESH_SEEDS)] * 2
-    folder = defence.defended_folder(study, replace(SHORT, steps=1), pairs)
+    folder = defence.defended_folder(study, replace(SHORT, steps=1), OTHERS)
     assert models.load(str(folder), "cpu")[1].padding_side == "left"
 
 

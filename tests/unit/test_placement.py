@@ -194,6 +194,14 @@ def test_the_climb_passes_over_rungs_of_infinite_damage(study, monkeypatch):
     assert found.climb((0, 0), np.array([[0, 1.0, np.inf, np.inf], [0, 0.1, 0.2, 0.3]])) == (1, 3)
 
 
+def test_the_climb_raises_first_what_costs_least_per_saving(study, monkeypatch):
+    tried = []
+    monkeypatch.setattr(placement.Search, "safe", lambda self, chosen: tried.append(chosen))
+    found = placement.Search(study, toy_ladder(study, (0.1, 0.9)))
+    found.climb((0, 1), np.array([[0, 1.0, 9.0], [0, 0.5, 2.5]]))  # 1 for 0.05 more, or 2 for 0.4 more
+    assert tried == [(0, 2), (1, 1)]
+
+
 def test_the_tolerance_bounds_every_criterion(study, monkeypatch):
     worse = statistics.paired_difference([0] * 200, [1] * 16 + [0] * 184)
     monkeypatch.setattr(placement, "paired", lambda row: dict.fromkeys(("asr", "over-refusal", "broken"), worse))
@@ -241,6 +249,12 @@ def test_the_search_beats_uniform_and_keeps_what_is_safe(judged):
         assert not any(np.greater_equal(chosen, tried).all() for tried in earlier)
 
 
+def test_what_saves_less_than_uniform_is_no_start_of_the_climb(judged, monkeypatch):
+    study, *_ = judged
+    monkeypatch.setattr(placement, "path", lambda *_: [(1, 0), (3, 3)])
+    assert placement.search(study, toy_ladder(study), budget=1).placed == (1, 1)
+
+
 def test_settings_of_techniques_are_checked():
     chosen = placement.chosen(["teal", "cats"], {"teal": {"prompt": "all"}, "bolt": {"fraction_bits": 8}})
     assert chosen == {"teal": make("teal", prompt="all"), "cats": make("cats")}
@@ -274,9 +288,11 @@ def test_the_search_stops_at_its_budget_and_where_nothing_is_refused(judged):
 
 
 def test_the_screen_is_zero_for_exact_grows_with_the_level_and_is_stored(study, monkeypatch):
+    study.prompts[9:] = [replace(prompt, label="confusable") for prompt in study.prompts[9:]]
     ladder = toy_ladder(study, (0.3, 0.9))
     damage = placement.screen(study, ladder)
     assert (damage[:, 0] == 0).all() and damage[:, 2].sum() > np.abs(damage[:, 1]).sum()
+    assert damage[0, 2] != damage[1, 2]
     replies = study.replies()
     losses = [placement.utility.reply_losses(study.model, study.tokenizer, [p.prompt for p in rows], given, "chat")
               for rows, given in ((study.prompts[:6], replies[:6]), (study.prompts[6:], replies[6:]))]
@@ -313,8 +329,17 @@ def test_a_measured_row_holds_the_paired_changes_and_their_decision(study, tmp_p
     assert same["label"].tolist() == ["teal uniform", "teal placed"]
     row = placement.gain(found, table)
     assert row["gain"] == pytest.approx(0.6) and row["n sealed"] == 12
+    bits = savings.ladder(anatomy(study.model), make("smoothquant"), ((0,), (1,)), (8, 4))
+    fewer = placement.gain(replace(found, ladder=bits, uniform=(1, 1)), table)
+    assert fewer["gain"] == 2  # from 8 to a mean of 6
     levels = placement.layer_levels(found)
     assert levels[levels["placement"] == "placed"]["level"].tolist() == [0.9, 0.3]
+
+
+def test_sealed_prompts_are_decided_by_the_tolerance_of_the_search(study, monkeypatch):
+    monkeypatch.setattr(placement, "measured", lambda *given: {"technique": "teal", "tolerance": given[3]})
+    found = placement.Search(study, toy_ladder(study), tolerance=0.2, uniform=(1, 1), placed=(2, 1))
+    assert placement.validate(study, found)["tolerance"].tolist() == [0.2, 0.2]
 
 
 def test_a_placement_that_fails_on_sealed_prompts_was_asked_as_many(study, monkeypatch):
@@ -329,7 +354,8 @@ def test_a_placement_that_fails_on_sealed_prompts_was_asked_as_many(study, monke
     monkeypatch.setattr(type(study), "run", failing)
     found = placement.Search(study, ladder, uniform=(0, 0), placed=(2, 1))
     table = placement.validate(study, found)
-    assert table["unmet"].tolist()[1] == "failed" and placement.gain(found, table)["n sealed"] == 12
+    assert table[["decision", "unmet"]].iloc[1].tolist() == ["not re-validated", "failed"]
+    assert placement.gain(found, table)["n sealed"] == 12
 
 
 # ------------------------------------------------------------------ prompts and pictures
@@ -343,6 +369,9 @@ def test_sealed_requests_are_fresh_and_as_many_as_asked(study):
     goals = {prompt.goal for prompt in found.prompts}
     for split in ("train", "dev", "search", "test"):
         assert not goals & {request.goal for request in corpus.requests(split)}
+    few = [placement.sealed(study, 40, seal) for seal in (1, 2)]
+    first, second = ({prompt.goal for prompt in one.prompts} for one in few)
+    assert len(first) == len(second) == 40 and not first & second and few[1].split == "seal-2"
     assert len(placement.sealed(study, 4).prompts) == 4
     for n, message in ((100_000, "seal 1 holds"), (3, "3 sealed requests are too few: 4 at least")):
         with pytest.raises(ChoiceError, match=message):
