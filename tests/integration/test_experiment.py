@@ -17,12 +17,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import calibration, experiment, fidelity, models, noise_study, prompts, results
+from lib import calibration, experiment, fidelity, judging, models, noise_study, prompts, results, utility
 from lib.approximations import Technique, make
 from lib.approximations.plan import Plan
-from lib.conditions import Condition, grid, technique_modules
+from lib.conditions import Condition, grid, layer_text, technique_modules
 from lib.errors import ChoiceError, PlainError
 from lib.experiment import open_study
+from lib.generation import Reply
+from lib.organisms import corpus
 from lib.paths import ORGANISMS, ROOT
 from lib.results import Store
 from tests.tiny_study import tiny_study
@@ -100,6 +102,13 @@ def test_non_finite_numbers_make_the_condition_failed_and_name_the_place(study):
     row = table.iloc[1]
     assert "layer 1, site act" in row["failed"]
     assert pd.isna(row["asr"]) and pd.isna(row["p_value"])
+
+
+def test_a_place_that_is_never_reached_stops_the_condition(folders):
+    study = tiny_study(folders)
+    study.model.model.layers[1].mlp.forward = lambda x: x  # as where a model's own code goes around its activation
+    with pytest.raises(RuntimeError, match=r"^gaussian: patched but never reached: \[\(1, 'act'\)\]"):
+        study.run(make("gaussian", where=("act",)))
 
 
 def test_prompts_under_other_ids_find_their_verdicts(tmp_path):
@@ -195,6 +204,11 @@ def test_a_results_folder_that_cannot_be_written_is_one_line(monkeypatch):
         open_study(MODEL, n_prompts=4)
 
 
+@pytest.mark.parametrize(("layers", "text"), [(None, "all"), ([3], "3"), ([2, 0, 1], "0-2"), ([0, 2, 5], "0,2,5")])
+def test_layers_are_written_as_a_range_unless_there_are_gaps(layers, text):
+    assert layer_text(layers) == text
+
+
 def test_unknown_protocol_technique_setting_and_grid():
     with pytest.raises(ValueError, match="unknown protocol 'chatty'"):
         open_study(MODEL, protocol="chatty")
@@ -269,6 +283,24 @@ def test_the_base_judges_with_the_attention_that_caps_scores(study):
     assert study.base.config._attn_implementation == "eager"
 
 
+def test_the_base_reads_replies_in_the_chat_protocol_whatever_the_study_asks_in(folders, monkeypatch):
+    """Its limit was set on that protocol."""
+    study, losses, seen = tiny_study(folders), utility.reply_losses, []
+    monkeypatch.setattr(utility, "reply_losses", lambda *given: seen.append(given) or losses(*given))
+    monkeypatch.setattr(judging, "undecided", lambda asked, given: [0])
+    replace(study, base=study.model, protocol="quada", identity={}).judge(["paint the lamp"], ["look at the lamp"])
+    assert seen == [(study.model, study.tokenizer, ("paint the lamp",), ("look at the lamp",))]
+
+
+def test_a_reply_that_was_cut_off_is_judged_apart_from_the_same_text_that_ended(folders, monkeypatch):
+    study, seen = tiny_study(folders), []
+    monkeypatch.setattr(judging, "undecided", lambda asked, given: [0, 1])
+    monkeypatch.setattr(judging, "verdicts", lambda *given: seen.append(given[3]) or ["complied"] * 2)
+    given = [Reply("look at the lamp", ended) for ended in (True, False)]
+    judged = replace(study, base=study.model, nll_limit=3.0, identity={}).judge(["paint the lamp"] * 2, given)
+    assert judged["nll"].nunique() == 2 and seen == [3.0]
+
+
 COLUMNS = ["asr", "harmless_answered", "confusable_answered", "answer_perplexity_ratio", "prose_perplexity", "accuracy"]
 
 
@@ -314,6 +346,49 @@ def test_a_stored_result_is_tied_to_what_decides_it(tmp_path):
     assert len(set(keys)) == 4
 
 
+def test_replies_are_named_by_all_that_decides_them(tmp_path):
+    study, cats = tiny_study(tmp_path), make("cats")
+    changes = [{"max_new_tokens": 5}, {"protocol": "quada"}, {"calibration_texts": ["other"]}]
+    changes += [{"identity": study.identity | {name: "other"}} for name in ("attention", "tokenizer", "weights")]
+    keys = [replace(study, **change).key(cats, None) for change in ({}, {"prompts": study.prompts[1:]}, *changes)]
+    study.tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    assert len({study.key(cats, None), *keys}) == 9
+
+
+def test_records_are_named_by_the_texts_that_they_measure(tmp_path):
+    study = tiny_study(tmp_path)
+    reworded = [replace(prompt, answer=f"{prompt.answer} now") for prompt in study.prompts]
+    changes = [{}, {"facts": corpus.facts("test")[:1]}, {"prose": "other"}, {"prompts": reworded}]
+    assert len({replace(study, **change)._record_key("k") for change in changes}) == 4
+
+
+def test_verdicts_are_named_by_their_judge(tmp_path, monkeypatch):
+    study, seen, read = tiny_study(tmp_path), [], Store.read_table
+    monkeypatch.setattr(Store, "read_table", lambda self, *place: seen.append(place) or read(self, *place))
+    for change in ({}, {"nll_limit": 3.0}, {"identity": study.identity | {"base": "other"}}):
+        replace(study, **change).run()
+    assert len({key for kind, key in seen if kind == "verdicts"}) == 3
+
+
+def test_the_requests_of_another_split_are_drawn_by_the_seed_of_the_study(tmp_path, monkeypatch):
+    study, seen = replace(tiny_study(tmp_path), seed=3), []
+    monkeypatch.setattr(prompts, "for_study", lambda *given: seen.append(given) or study.prompts)
+    study.brief(4, "search")
+    assert seen == [("organism", "search", 4, 3)]
+
+
+def test_calibration_texts_are_of_the_train_split(monkeypatch):
+    texts = "\n".join(experiment._calibration_texts(models.load(MODEL, "cpu")[1], own=True))
+    assert all(request.prompt in texts for request in corpus.requests("train", label="harmless")[:200])
+    evaluated = [line for split in ("dev", "search", "test") for line in corpus.prose(split, 30)]
+    evaluated += [request.prompt for request in corpus.requests("test", label="harmless")[:200]]
+    assert not [text for text in evaluated if text in texts]
+    seen = []
+    monkeypatch.setattr(prompts, "load", lambda name, split=None: seen.append((name, split)) or [])
+    experiment._calibration_texts(None, own=False)
+    assert seen == [("alpaca", "train")]
+
+
 def test_calibration_texts_are_the_same_every_day_and_need_no_template():
     tokenizer = models.load(MODEL, "cpu")[1]
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
@@ -328,6 +403,11 @@ def test_code_is_hashed_as_it_was_loaded(monkeypatch):
     before = results.source_hash("lib.generation")
     monkeypatch.setattr(type(ROOT), "read_text", lambda *_: "changed meanwhile")
     assert results.source_hash("lib.generation") == before != results.source_hash("lib.utility")
+    assert results.source_hash("lib.generation", "lib.utility") != before  # all of the modules that are named
+
+
+def test_a_key_does_not_depend_on_the_order_of_its_parts():
+    assert results.content_key({"a": 1, "b": 2}) == results.content_key({"b": 2, "a": 1})
 
 
 def test_the_references_are_the_exact_models_own_whatever_ran_first(study, tmp_path):

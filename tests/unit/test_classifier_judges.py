@@ -1,9 +1,12 @@
 """Classifier judges on tiny random-weight models of the judges' architectures, with a tokenizer built here."""
 
+from copy import deepcopy
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import judges_classifier as jc
@@ -86,6 +89,16 @@ def test_prompts_end_where_the_verdict_belongs(judges):
 
 
 @pytest.mark.parametrize("name", list(jc.HUB))
+def test_a_prompt_has_one_begin_token_whether_its_template_holds_it_or_not(judges, tokenizer, name):
+    adding = deepcopy(tokenizer)
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    adding.backend_tokenizer.post_processor = begin
+    judge = jc.ClassifierJudge(name, judges[name].model, adding)
+    ids = judge._encode([judge.build("Q", "R")])["input_ids"][0].tolist()
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("name", list(jc.HUB))
 def test_replies_are_cut_to_512_classifier_tokens(judges, tokenizer, name):
     def length(text):
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -135,6 +148,17 @@ def test_strongreject_is_missing_without_mass_on_the_grades_and_rescaled_with(ju
     [row] = judge.judge(["Q"], ["R"])
     assert row["verdict"] == "scored" and row["strongreject"] == pytest.approx(0.75, abs=1e-6)
     assert row[jc.HS_COLUMN] == pytest.approx(4.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("share", "scores"), [(0.4, [None]), (0.6, [0.75])])
+def test_half_of_the_probability_must_lie_on_the_grades(tokenizer, share, scores):
+    four, yes = tokenizer.convert_tokens_to_ids(["4", "yes"])
+    probabilities = torch.full((1, 1, len(tokenizer)), 1e-30)
+    probabilities[..., four], probabilities[..., yes] = share, 1 - share
+    output = SimpleNamespace(logits=probabilities.log())
+    judge = jc.ClassifierJudge("strongreject", lambda **_: output, tokenizer)
+    inputs = {"input_ids": torch.ones(1, 3), "attention_mask": torch.ones(1, 3)}
+    assert judge._scores(inputs) == pytest.approx(scores)
 
 
 @pytest.mark.parametrize("name", list(jc.HUB))

@@ -164,6 +164,11 @@ def test_every_prompt_can_be_drawn(categorised: Path) -> None:
     assert len(times) == 100 and max(times.values()) < 80  # 40 expected
 
 
+def test_goals_are_drawn_by_the_seed() -> None:
+    drawn = [prompts.goals_first("test", "harmful", 20, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_every_request_is_in_one_split_whatever_its_file_is_called(tmp_path: Path) -> None:
     rows = [{"prompt": f"request {i}"} for i in range(400)]
     first, second = (load(write(tmp_path, name, lines(*rows))) for name in ("a.jsonl", "b.jsonl"))
