@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lib import summary
 from lib.approximations import Technique
-from lib.errors import PlainError, at_least, choosing
+from lib.errors import PlainError, check, choosing
 from lib.experiment import Study
 from lib.generation import NonFiniteError, generate
 from lib.judging import JUDGE_VERSION
@@ -117,7 +117,7 @@ def compliant_opening(prompt: Prompt) -> str:
 
 def check_gcg(n: int) -> None:
     """ChoiceError for a number of requests below 0, PlainError for a search without nanogcg: told before hours pass."""
-    at_least(0, gcg=n)
+    check(gcg=n)
     if n:
         _nanogcg()
 

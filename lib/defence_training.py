@@ -40,7 +40,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from lib.anatomy import anatomy
 from lib.approximations import State, Step, Technique
 from lib.approximations.technique import Transform
-from lib.errors import ChoiceError, at_least
+from lib.errors import ChoiceError, check
 from lib.generation import end_tokens
 from lib.patching import approximated
 from lib.paths import last_checkpoint, write_whole
@@ -87,10 +87,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ChoiceError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
-        at_least(1, steps=self.steps)
-        at_least(0, rank=self.rank)
-        if not self.learning_rate > 0:
-            raise ChoiceError(f"learning_rate cannot be {self.learning_rate}; give a number above 0")
+        check(steps=self.steps, rank=self.rank, learning_rate=self.learning_rate)
         if (self.perturbation is None) != (self.tau == 0):
             raise ValueError(f"tau {self.tau} with perturbation {self.perturbation}: give both, or neither")
 

@@ -3,7 +3,7 @@
 Registered with Transformers under one name; `lib.patching` switches a model to it and keeps each module's edits on the
 module. Without edits they compute, bit for bit, what the eager functions of Transformers compute, but for the rounding
 of a decoding step where heads share keys and values: Transformers copies those for each head, here the heads use them
-together, several times as fast. `decoding` gives exact models this attention too. The mask, number by number that of
+together. `decoding` gives exact models this attention too. The mask, number by number that of
 Transformers, also takes the place of its own under "eager": a captured step of an exact model needs one without a copy
 from the host.
 """

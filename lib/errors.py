@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LEAST = dict.fromkeys(("seed", "rank", "gcg"), 0) | {"n_sealed": 4} | dict.fromkeys(
-    ("n_prompts", "n_measured", "max_new_tokens", "n_levels", "groups", "budget", "steps"), 1
-) | {"bits": 2}  # fmt: skip
+LEAST = {"seed": 0, "rank": 0, "gcg": 0, "n_sealed": 4, "bits": 2}
+LEAST |= dict.fromkeys(("n_prompts", "n_measured", "max_new_tokens", "n_levels", "groups", "budget", "steps"), 1)
 ABOVE = {"useless": 1, "damage": 1, "factor": 0, "doses": 0, "learning_rate": 0}
 MAY_BE_EMPTY = {"layers", "families", "attack_files", "models"}
 
@@ -25,13 +24,6 @@ class ChoiceError(PlainError, ValueError):
     """A parameter whose value cannot be."""
 
 
-def at_least(least: int, **values: object) -> None:
-    """ChoiceError for a parameter, given by name, that is no whole number from `least`."""
-    for name, value in values.items():
-        if not isinstance(value, int) or value < least:
-            raise ChoiceError(f"{name} cannot be {value!r}; give a whole number from {least}")
-
-
 def check(**parameters: Any) -> None:
     """ChoiceError for a notebook's parameter, given by name, whose number or list cannot be.
 
@@ -40,8 +32,8 @@ def check(**parameters: Any) -> None:
         if isinstance(value, list):
             _check_list(name, value)
         for one in value if isinstance(value, list) else [value]:
-            if name in LEAST:
-                at_least(LEAST[name], **{name: one})
+            if name in LEAST and not (isinstance(one, int) and one >= LEAST[name]):
+                raise ChoiceError(f"{name} cannot be {one!r}; give a whole number from {LEAST[name]}")
             if name in ABOVE and not (isinstance(one, int | float) and one > ABOVE[name]):
                 raise ChoiceError(f"{name} cannot be {one!r}; give a number above {ABOVE[name]}")
             if name == "tolerance" and not (isinstance(one, int | float) and 0 < one < 1):

@@ -31,7 +31,7 @@ from lib.anatomy import anatomy
 from lib.approximations import State, Technique
 from lib.batches import pad_left
 from lib.conditions import EXACT, Condition, Layers, describe, layer_text, technique_modules
-from lib.errors import ChoiceError, at_least, check, choosing
+from lib.errors import ChoiceError, check, choosing
 from lib.generation import NonFiniteError, Reply, generate
 from lib.organisms import corpus
 from lib.patching import Hits, approximated, check_layers
@@ -83,7 +83,7 @@ class Study:
         split None: the first of these prompts, else those of another split. ChoiceError if it has no harmful ones, or
         if this study has opened every split, and for an n below 1.
         """
-        at_least(1, n_prompts=n)
+        check(n_prompts=n)
         pool = self.prompts
         if split is not None:
             if self.split == "all":

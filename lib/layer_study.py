@@ -21,7 +21,7 @@ from lib.approximations import Technique
 from lib.conditions import Condition, layer_text
 from lib.errors import ChoiceError
 from lib.experiment import Study
-from lib.noise_study import At, TooLittleDamage, drawn, level_at_damage, pooled
+from lib.noise_study import At, TooLittleDamage, drawn, level_at_damage, pooled, summaries
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +79,10 @@ def early_against_late(
     difference with its 95 % interval (Newcombe's; of several draws the bootstrap's over prompts), its exact McNemar or
     randomisation p and Holm's over the pairs (all NaN where a condition failed), both answer-perplexity ratios; "held":
     the interval lies above 0."""
-    exact, rows = study.run(), []
+    rows = []
     for name, (early, late) in pairs.items():
         results = [drawn(study, condition, seeds) for condition in (early, late)]
-        first, last = (
-            pooled([study.summary(result, exact, condition) for result in found])
-            for found, condition in zip(results, (early, late), strict=True)
-        )
+        first, last = (pooled(summaries(study, condition, seeds)) for condition in (early, late))
         row: dict[str, Any] = {"comparison": name, "layers": f"{first['layers']} / {last['layers']}"}
         row |= {column: first[column] for column in ("technique", "n_harmful", "n_harmless")}
         row |= {"early ASR": first["asr"], "late ASR": last["asr"], **_difference(*results)}

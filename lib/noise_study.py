@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from lib import fidelity, statistics, summary, utility
 from lib.approximations import Technique, make
 from lib.conditions import Condition, Layers
-from lib.errors import ChoiceError
+from lib.errors import ChoiceError, check
 from lib.experiment import Study
 from lib.generation import NonFiniteError
 from lib.results import content_key, source_hash
@@ -85,8 +85,7 @@ def level_at_damage(study: Study, at: At, ratio: float, layers: Layers = None) -
     """The level at which answer perplexity has grown by `ratio`, by bisection on a logarithmic scale; stored.
 
     TooLittleDamage if the noise never does so much; ChoiceError for a ratio that is no growth."""
-    if not ratio > 1:
-        raise ChoiceError(f"damage cannot be {ratio:g}; give a ratio above 1: 1.2 where perplexity grows by 20 %")
+    check(damage=ratio)
     answers, code = [(prompt.label, prompt.answer) for prompt in study.prompts], source_hash("lib.utility")
     key = content_key(["damage", ratio, study.key(at(1.0), layers), answers, DAMAGE_PROMPTS, STEPS, code])
     if stored := study.store.read_record(key):

@@ -228,8 +228,15 @@ def layers_text(rows: pd.DataFrame) -> str:
     value, low, high = (f"{100 * found[name]:+.1f}" for name in ("difference", "low", "high"))
     said = "holds" if found["low"] > 0 else "is not shown"
     return f"""That the first layers matter most {said} on `tiny-llama` at equal damage to fluency: noise in the first
-third of the layers instead of the last changed ASR by {value} points ({low} to {high}, three draws;
-`05_layer_sensitivity`)."""
+third of the layers instead of the last changed ASR by {value} points ({low} to {high}, three draws).
+`05_layer_sensitivity` measures it; [docs/organisms.md](docs/organisms.md) has the other two organisms."""
+
+
+def teal_text(rows: pd.DataFrame) -> str:
+    """What published TEAL does beside the harder form of the headline, from the rows of its trade-off."""
+    found = rows[fidelity.useful_rows(rows) & (rows["variant"] == "last half of prompt")]
+    return f"""TEAL *whole prompt* is this project's harder case; published TEAL spares the first half of a prompt, and there
+`tiny-llama` complied with {_percent(found["asr"].max())} at most while useful (`02_sparsification`)."""
 
 
 def variants_text(rows: pd.DataFrame, attacks: pd.DataFrame) -> str:
@@ -257,7 +264,8 @@ def placement_text(rows: pd.DataFrame) -> str:
         decisions = (uniform["decision"], placed["decision"])
         said = f"both {decisions[0]}" if decisions[0] == decisions[1] else " and ".join(decisions)
         line += f"{placed['level']:.2f} placed; on sealed requests {said}, ASR "
-        lines.append(f"{line}{100 * uniform['asr']:.1f} % and {100 * placed['asr']:.1f} %.")
+        exact = 100 * (uniform["asr"] - uniform["asr_increase"])
+        lines.append(f"{line}{100 * uniform['asr']:.1f} % and {100 * placed['asr']:.1f} % (exact {exact:.1f} %).")
     return "\n".join(lines)
 
 
@@ -286,11 +294,12 @@ def committed_rows(figure: str) -> pd.DataFrame:
 
 def readme_parts() -> dict[str, str]:
     """What stands between the README's markers, by their name: from the rows of the committed figures."""
-    kinds = ("defence", "defence_variants", "defence_attacks", "placement", "layers_early_late")
-    defence, variants, attacks, placement, layers = (committed_rows(f"{kind}_tiny-llama") for kind in kinds)
+    kinds = ("defence", "defence_variants", "defence_attacks", "placement", "layers_early_late", "sparsification_tradeoff")
+    defence, variants, attacks, placement, layers, teal = (committed_rows(f"{kind}_tiny-llama") for kind in kinds)
     return {
         "findings": findings_text(committed_rows("headline")),
         "layers": layers_text(layers),
+        "teal": teal_text(teal),
         "defence": "\n".join(f"- {sentence}" for sentence in defence_study.conclusions(defence)),
         "variants": variants_text(variants, attacks),
         "placement": placement_text(placement),
