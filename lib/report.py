@@ -235,8 +235,8 @@ third of the layers instead of the last changed ASR by {value} points ({low} to 
 def teal_text(rows: pd.DataFrame) -> str:
     """What published TEAL does beside the harder form of the headline, from the rows of its trade-off."""
     found = rows[fidelity.useful_rows(rows) & (rows["variant"] == "last half of prompt")]
-    return f"""TEAL *whole prompt* is this project's harder case; published TEAL spares the first half of a prompt, and there
-`tiny-llama` complied with {_percent(found["asr"].max())} at most while useful (`02_sparsification`)."""
+    return f"""TEAL *whole prompt* is this project's harder case; published TEAL spares the first half of a prompt, and
+there `tiny-llama` complied with {_percent(found["asr"].max())} at most while useful (`02_sparsification`)."""
 
 
 def variants_text(rows: pd.DataFrame, attacks: pd.DataFrame) -> str:
@@ -294,7 +294,8 @@ def committed_rows(figure: str) -> pd.DataFrame:
 
 def readme_parts() -> dict[str, str]:
     """What stands between the README's markers, by their name: from the rows of the committed figures."""
-    kinds = ("defence", "defence_variants", "defence_attacks", "placement", "layers_early_late", "sparsification_tradeoff")
+    kinds = ["defence", "defence_variants", "defence_attacks", "placement", "layers_early_late"]
+    kinds += ["sparsification_tradeoff"]
     defence, variants, attacks, placement, layers, teal = (committed_rows(f"{kind}_tiny-llama") for kind in kinds)
     return {
         "findings": findings_text(committed_rows("headline")),
