@@ -144,7 +144,7 @@ def test_noise_and_damage_that_cannot_be_are_named(study):
     with pytest.raises(ChoiceError, match=r"noise acts, norms; choose from the list \['norm', 'norm, not final', "):
         noise_study.named(["acts", "norm", "norms"])
     for ratio in (0.2, 1.0):
-        with pytest.raises(ChoiceError, match=f"damage cannot be {ratio:g}; give a number above 1"):
+        with pytest.raises(ChoiceError, match=f"damage cannot be {ratio}; give a number above 1"):
             layer_study.at_damage(study, noise_study.FAMILIES["norm"], ratio, {"single": [(0,)]})
 
 
